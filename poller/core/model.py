@@ -1,0 +1,354 @@
+"""The nouns of the poller: plain immutable values. Standard library only, no clock, no I/O.
+
+Durations are seconds, instants are epoch seconds, both float. Sequence numbers stay the decimal text that AWS sends
+(21 to 56 digits) and are compared as integers, never as text.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import inf
+from typing import NamedTuple, TypeAlias
+
+ShardId: TypeAlias = str
+MappingId: TypeAlias = str
+
+MAX_PAYLOAD_BYTES = 6_291_456  # of one invocation; AWS's 413 text
+NO_LIMIT = -1  # MaximumRetryAttempts and MaximumRecordAgeInSeconds
+
+
+class SourceKind(StrEnum):
+    """What can be polled; the value is the `source` label of every metric."""
+
+    KINESIS = "kinesis"
+    DYNAMODB = "dynamodb"
+    SQS = "sqs"
+
+
+class Record(NamedTuple):
+    """One record or message, encoded once to the JSON object that the Lambda event carries.
+
+    A named tuple because it is the one value that is made per record: it is built three times faster than a frozen
+    dataclass, and the garbage collector stops tracking it.
+    """
+
+    id: str
+    """Sequence number or message id, as the source spells it."""
+    key: str
+    """What order is kept within: partition key, whole item key or message group; empty when unordered."""
+    arrival: float
+    """When the source got it."""
+    wire: bytes
+    """The record as one JSON object of the Lambda event's `Records` list."""
+    handle: str = ""
+    """SQS receipt handle."""
+    expires: float = inf
+    """When its visibility ends (queues)."""
+    trace: str = ""
+    """`X-Amzn-Trace-Id` that came with it, or empty."""
+
+
+class PositionKind(StrEnum):
+    """Where to read from. AT and AFTER carry a sequence number, AT_TIMESTAMP and LATEST epoch seconds."""
+
+    TRIM_HORIZON = "TRIM_HORIZON"
+    LATEST = "LATEST"
+    AT_TIMESTAMP = "AT_TIMESTAMP"
+    AT = "AT_SEQUENCE_NUMBER"
+    AFTER = "AFTER_SEQUENCE_NUMBER"
+    END = "SHARD_END"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a shard. LATEST with a value means: the tip as it was at that moment of the server's clock."""
+
+    kind: PositionKind
+    value: str = ""
+
+
+TRIM_HORIZON = Position(PositionKind.TRIM_HORIZON)
+END = Position(PositionKind.END)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a shard goes on after a restart: everything before `position` is settled.
+
+    `resume`: vectors of per-lane floors. A record whose sequence is below `vector[crc32(key) % len(vector)]` of any
+    vector is settled although it lies after the position, because its lane ran ahead of a blocked one.
+    """
+
+    position: Position
+    resume: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One listed shard. `parents` has none, one (split, DynamoDB roll) or two (Kinesis merge) ids."""
+
+    id: ShardId
+    parents: tuple[ShardId, ...] = ()
+    closed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """All pages of a shard listing, and the server's clock (its Date header) when it was made."""
+
+    shards: tuple[Shard, ...]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """One answer to a read.
+
+    `newest`: sequence number of the last record read, filtered ones included; empty when none was read.
+    `next_iterator`: None means the shard is closed and read to its end.
+    `lag`: seconds behind the tip; 0 at the tip, None when the source does not say (DynamoDB).
+    `read`: records in the answer before any of them was filtered or dropped.
+    """
+
+    records: tuple[Record, ...]
+    newest: str
+    next_iterator: str | None
+    lag: float | None
+    nbytes: int
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """The event source of a mapping, taken apart. `name` is the stream's, table's or queue's."""
+
+    kind: SourceKind
+    arn: str
+    region: str
+    account: str
+    name: str
+    fifo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionSpec:
+    """What a mapping invokes. `name` is the key under `functions:`, or the name of a real Lambda function."""
+
+    name: str
+    arn: str
+    """As the API echoes it, with a qualifier only if the mapping was made with one."""
+    role: str
+    """`invokeIdentityArn` of Kinesis events."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPolicy:
+    """How records become batches. `buffer_records` bounds what a shard holds in memory."""
+
+    size: int
+    window: float = 0.0
+    factor: int = 1
+    max_bytes: int = MAX_PAYLOAD_BYTES
+    buffer_records: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """What a failed batch may cost. `attempts` is MaximumRetryAttempts (N means N + 1 invocations); -1 no limit."""
+
+    attempts: int = NO_LIMIT
+    max_age: float = NO_LIMIT
+    report_failures: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One configured pipe. Equal mappings run the same way, so a reload compares them.
+
+    `max_concurrency`: ScalingConfig.MaximumConcurrency of a queue, None when not set.
+    `declared_in`: the config file that declares it, or None when it was made through the API.
+    """
+
+    id: MappingId
+    source: SourceSpec
+    function: FunctionSpec
+    batch: BatchPolicy
+    retry: RetryPolicy
+    start: Position
+    enabled: bool = True
+    max_concurrency: int | None = None
+    declared_in: str | None = None
+
+
+class Batch(NamedTuple):
+    """Work: records to invoke with. `attempt` counts every try at this batch, from 1."""
+
+    lane: int
+    records: tuple[Record, ...]
+    attempt: int
+
+
+class DiscardReason(StrEnum):
+    """`requestContext.condition` of a failure record."""
+
+    RETRIES = "RetryAttemptsExhausted"
+    AGE = "RecordAgeExceeded"
+
+
+class Discard(NamedTuple):
+    """Work: records that are given up. `attempts`: invocations that counted; a failure record shows at least 1."""
+
+    lane: int
+    records: tuple[Record, ...]
+    reason: DiscardReason
+    attempts: int
+
+
+Work: TypeAlias = Batch | Discard
+
+
+class Invocation(NamedTuple):
+    """One call of a target. `key` is the Idempotency-Key: the same for every attempt at the same batch."""
+
+    mapping: MappingId
+    request_id: str
+    attempt: int
+    key: str
+    payload: bytes
+    trace: str = ""
+
+
+class ReplyStatus(StrEnum):
+    """What became of one invocation, as far as the transport can tell."""
+
+    OK = "ok"
+    FUNCTION_ERROR = "function_error"
+    TIMEOUT = "timeout"  # it may have run: counted
+    TOO_LARGE = "too_large"  # refused for its size: counted
+    THROTTLED = "throttled"  # never ran: not counted
+    UNREACHABLE = "unreachable"  # never ran: not counted
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A target's answer. `error` is a sentence for a human, empty when OK; it never holds a secret or a payload.
+
+    `status_code` and `executed_version` go into a failure record's responseContext; None when there was no answer.
+    `retry_after`: seconds that a throttling target asked for.
+    """
+
+    status: ReplyStatus
+    body: bytes = b""
+    error: str = ""
+    status_code: int | None = None
+    executed_version: str = "$LATEST"
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """Every record of the batch is settled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A batch response named failures. Streams: `index` is the first failed record's place in the batch, all before
+    it are settled. Queues: `failed` are the message ids that stay; all others are settled."""
+
+    index: int = 0
+    failed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt that counts."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Throttled:
+    """The target never ran: wait and try again, not counted."""
+
+    error: str
+    retry_after: float | None = None
+    unreachable: bool = False
+
+
+Outcome: TypeAlias = Delivered | Partial | Failed | Throttled
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One shard in the store: its lease and its checkpoint. `token` rises with every change of owner."""
+
+    shard: ShardId
+    checkpoint: Checkpoint
+    parents: tuple[ShardId, ...] = ()
+    owner: str | None = None
+    token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to read a shard and to write its row while the store's token is this one."""
+
+    mapping: MappingId
+    shard: ShardId
+    owner: str
+    token: int
+
+
+class ShardState(StrEnum):
+    """Where a shard's worker is; `poller_shards{state}` counts them."""
+
+    BLOCKED = "blocked"  # a parent is not done
+    OPEN = "open"  # may be read, nobody here has the lease
+    STARTING = "starting"  # lease held, no iterator yet
+    RUNNING = "running"
+    ENDING = "ending"  # read to its end, lanes still hold records
+    DRAINING = "draining"  # leaving: what is in flight ends
+    DONE = "done"
+    LOST = "lost"  # the lease was
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStatus:
+    """One shard as an operator sees it. Instants, not ages: whoever shows it subtracts.
+
+    `batch_arrival`: arrival of the last record of the batch in work, None at the tip (iterator age 0).
+    `oldest_arrival`: arrival of the oldest record not yet done, None when nothing is pending.
+    `blocked_since`: when the oldest failing batch first failed. `attempts` and the sequences are that batch's.
+    """
+
+    id: ShardId
+    state: ShardState
+    lag: float | None = None
+    batch_arrival: float | None = None
+    oldest_arrival: float | None = None
+    blocked_since: float | None = None
+    in_flight: int = 0
+    held: int = 0
+    attempts: int = 0
+    first_sequence: str | None = None
+    last_sequence: str | None = None
+    last_error: str | None = None
+    next_attempt: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MappingStatus:
+    """One mapping as an operator sees it. `state` is the ESM API's; `reason` says what is wrong, empty when nothing is.
+
+    `retention`: seconds that the source keeps a record, None when unknown or a queue.
+    """
+
+    id: MappingId
+    function: str
+    source: SourceKind
+    source_arn: str
+    state: str
+    reason: str = ""
+    in_flight: int = 0
+    breaker: str = "closed"
+    retention: float | None = None
+    shards: tuple[ShardStatus, ...] = ()

@@ -1,0 +1,234 @@
+"""The protocols between the runtime and the adapters. The runtime imports no adapter; `app` hands them in."""
+
+from collections.abc import Mapping as MappingABC
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from poller.core.model import (
+    Checkpoint,
+    Fetch,
+    Invocation,
+    Lease,
+    Listing,
+    MappingId,
+    MappingStatus,
+    Position,
+    Record,
+    Reply,
+    Row,
+    ShardId,
+)
+
+
+class Clock(Protocol):
+    """The one timeline: epoch seconds that never step."""
+
+    def now(self) -> float:
+        """Epoch seconds; moves with the event loop's clock, so differences are true durations."""
+        ...
+
+    def loop(self, at: float) -> float:
+        """The same instant on `loop.time()`, for `asyncio.timeout_at` and `call_at`."""
+        ...
+
+
+class StreamSource(Protocol):
+    """A sharded, ordered source, opened for one mapping. May be called for many shards at once."""
+
+    async def shards(self) -> Listing:
+        """Every page, closed shards included. SourceThrottled, SourceUnavailable, SourceGone, AccessDenied."""
+        ...
+
+    async def retention(self) -> float:
+        """Seconds that the source keeps a record. Errors as `shards`."""
+        ...
+
+    async def iterator(self, shard: ShardId, at: Position) -> str:
+        """A read token. PositionTrimmed when `at` has left retention; SourceGone when the shard has; else as `shards`."""
+        ...
+
+    async def fetch(self, shard: ShardId, iterator: str, limit: int) -> Fetch:
+        """One read of at most `limit` records. IteratorExpired, PositionTrimmed, else as `shards`.
+
+        An answer without its `Records` is SourceUnavailable, never the end of a shard.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release what the source holds; its calls must have ended."""
+        ...
+
+
+class QueueSource(Protocol):
+    """A queue, opened for one mapping. May be called from several receive loops at once."""
+
+    async def visibility_timeout(self) -> float:
+        """The queue's own visibility timeout in seconds. SourceGone, AccessDenied, SourceUnavailable, SourceThrottled."""
+        ...
+
+    async def receive(self, limit: int, wait: float, visibility: float | None) -> Sequence[Record]:
+        """At most 10 messages after at most `wait` (0 to 20) seconds. `visibility` None: the queue's own timeout.
+
+        `Record.expires` is counted from before the call was sent, so it is never too late. Errors as above.
+        """
+        ...
+
+    async def delete(self, records: Sequence[Record]) -> Sequence[Record]:
+        """Delete in tens; answers those that were not deleted. Never raises for a failing call, only for cancellation."""
+        ...
+
+    async def extend(self, records: Sequence[Record], seconds: float) -> Sequence[Record]:
+        """Set visibility in tens, 0 returns them to the queue at once; answers those that were not changed."""
+        ...
+
+    async def close(self) -> None:
+        """Release what the source holds; its calls must have ended."""
+        ...
+
+
+class Target(Protocol):
+    """What a function name means: an HTTP endpoint or a Lambda function. Shared by every mapping that names it."""
+
+    capacity: int | None
+    """Calls it takes at once; None: no limit of its own."""
+    timeout: float
+    """Longest that an invocation takes, in seconds."""
+
+    async def invoke(self, invocation: Invocation) -> Reply:
+        """Call the function once. Never raises for what the function or the network does: that is a Reply."""
+        ...
+
+    async def check(self) -> str | None:
+        """Can it be reached with these credentials, without running it? None, or the reason why not."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections; its calls must have ended."""
+        ...
+
+
+class CheckpointStore(Protocol):
+    """Positions and leases of shards, and the mapping documents made through the API. Survives `kill -9`.
+
+    Every method may raise StoreUnavailable. What a method has returned from is durable.
+    """
+
+    async def create(self, mapping: MappingId, rows: Sequence[Row]) -> None:
+        """Put each row that is absent; rows that exist stay as they are. All or none."""
+        ...
+
+    async def load(self, mapping: MappingId) -> dict[ShardId, Row]:
+        """Every row of a mapping."""
+        ...
+
+    async def acquire(self, mapping: MappingId, row: Row, owner: str) -> Lease | None:
+        """Take the lease if the stored (owner, token) is still the row's; the token rises by one. None: somebody was faster."""
+        ...
+
+    async def save(self, changes: Sequence[tuple[Lease, Checkpoint]]) -> Sequence[Lease]:
+        """Write checkpoints in one commit; answers the leases whose token no longer matches (nothing was written for them)."""
+        ...
+
+    async def release(self, lease: Lease, checkpoint: Checkpoint | None) -> bool:
+        """Write the last checkpoint, if any, and give the lease up, in one step. False: the token no longer matched."""
+        ...
+
+    async def forget(self, mapping: MappingId, shards: Sequence[ShardId] | None = None) -> None:
+        """Delete the rows of a mapping, or of some of its shards."""
+        ...
+
+    async def put_document(self, key: str, document: MappingABC[str, Any]) -> None:
+        """Keep a JSON document under a key (API-made mappings: `mapping/UUID`)."""
+        ...
+
+    async def delete_document(self, key: str) -> None:
+        """Forget a document; absent is fine."""
+        ...
+
+    async def documents(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """Every document whose key starts with the prefix."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what was asked, close."""
+        ...
+
+
+class MappingObserver(Protocol):
+    """What one mapping reports. Called on the hot path, once per call or batch, never per record; must not raise."""
+
+    def polled(self, operation: str, outcome: str, events: int) -> None:
+        """One read call: outcome success, throttled, expired or error; `events` it returned, filtered ones included."""
+        ...
+
+    def filtered(self, events: int) -> None:
+        """Records that a filter took out."""
+        ...
+
+    def invoking(self, change: int) -> None:
+        """+1 when an invocation starts, -1 when it has ended."""
+        ...
+
+    def invoked(self, outcome: str, events: int, seconds: float) -> None:
+        """One invocation: outcome success, error, throttle, timeout, partial or unreachable."""
+        ...
+
+    def dropped(self, events: int) -> None:
+        """Records discarded without a failure destination having them."""
+        ...
+
+    def deleted(self, events: int) -> None:
+        """Messages deleted from a queue."""
+        ...
+
+    def lost(self, shard: ShardId, events: int) -> None:
+        """Records that left retention before they were done; at least 1 when the number cannot be known."""
+        ...
+
+    def saved(self, positions: int, seconds: float) -> None:
+        """Positions saved, and how long the save took."""
+        ...
+
+
+class StoreObserver(Protocol):
+    """What the store reports."""
+
+    def requested(self, operation: str, outcome: str) -> None:
+        """One request: outcome success or error."""
+        ...
+
+
+class Control(Protocol):
+    """What the HTTP server may ask of the daemon. The mapping operations answer EventSourceMappingConfiguration objects."""
+
+    def status(self) -> Sequence[MappingStatus]:
+        """Every mapping, now. Cheap enough for each scrape."""
+        ...
+
+    def health(self) -> str | None:
+        """None while no mapping's task has died, else the reason."""
+        ...
+
+    def unready(self) -> Sequence[str]:
+        """What has not been reached yet since the start, a sentence each; empty when ready."""
+        ...
+
+    async def create(self, document: MappingABC[str, Any]) -> dict[str, Any]:
+        """CreateEventSourceMapping. ApiError."""
+        ...
+
+    def get(self, uuid: str) -> dict[str, Any]:
+        """GetEventSourceMapping. ApiError."""
+        ...
+
+    def list(self) -> Sequence[dict[str, Any]]:
+        """Every mapping, in a stable order."""
+        ...
+
+    async def update(self, uuid: str, changes: MappingABC[str, Any]) -> dict[str, Any]:
+        """UpdateEventSourceMapping. ApiError."""
+        ...
+
+    async def delete(self, uuid: str) -> dict[str, Any]:
+        """DeleteEventSourceMapping. ApiError."""
+        ...

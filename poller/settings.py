@@ -1,0 +1,148 @@
+"""The config file as frozen values, after `config.py` has read, filled and checked it. Secrets stay out of every repr."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class AwsSettings:
+    """Where AWS is. What is None comes from the standard chain (environment, profile, IRSA, IMDS, ECS)."""
+
+    region: str | None = None
+    endpoint_url: str | None = None
+    endpoint_urls: tuple[tuple[str, str], ...] = ()
+
+    def endpoint(self, service: str) -> str | None:
+        """The endpoint of a service id as botocore spells it (`dynamodbstreams`), None for AWS's own."""
+        return dict(self.endpoint_urls).get(service, self.endpoint_url)
+
+
+@dataclass(frozen=True, slots=True)
+class BearerAuth:
+    """`Authorization: Bearer TOKEN`."""
+
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class BasicAuth:
+    """`Authorization: Basic`."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SigV4Auth:
+    """AWS Signature Version 4 with the daemon's credentials. `region` None: that of `aws.region`."""
+
+    service: str = "lambda"
+    region: str | None = None
+
+
+Auth: TypeAlias = BearerAuth | BasicAuth | SigV4Auth
+
+
+@dataclass(frozen=True, slots=True)
+class TlsSettings:
+    """Files: a CA bundle to trust instead of the system's, and a client certificate with its key."""
+
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HttpFunction:
+    """`functions.NAME` with `url`. `protocol` rie: the Lambda Runtime Interface Emulator's answers."""
+
+    name: str
+    url: str
+    timeout: float = 30.0
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    auth: Auth | None = None
+    max_concurrency: int | None = None
+    max_invocations_per_second: float | None = None
+    protocol: Literal["http", "rie"] = "http"
+    tls: TlsSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LambdaFunction:
+    """`functions.NAME` with `lambda`, or a function that only AWS knows. `arn`: name, partial or full ARN, qualifier kept."""
+
+    name: str
+    arn: str
+    timeout: float = 900.0
+    max_concurrency: int | None = None
+    max_invocations_per_second: float | None = None
+
+
+FunctionSettings: TypeAlias = HttpFunction | LambdaFunction
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """`sqlite:///PATH` (absolute) or `sqlite:./PATH` (relative to the working directory)."""
+
+    url: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """`port` 0 takes a free one. `auth`: any of the tokens opens the mapping API and the status page."""
+
+    host: str = "127.0.0.1"
+    port: int = 9477
+    auth: tuple[BearerAuth, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """`format` None: console on a terminal, else json."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] | None = None
+    payloads: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RetrySettings:
+    """Backoff of a failing batch: full jitter between 0 and `initial * 2^n`, at most `maximum`."""
+
+    initial_backoff: float = 0.2
+    maximum_backoff: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSettings:
+    """`buffer_bytes`: records held in memory by the whole process, all shards and queues together."""
+
+    buffer_bytes: int = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One item of `event_source_mappings`: AWS's own request, with every default filled in, and where it stands."""
+
+    uuid: str
+    document: dict[str, Any]
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The whole file."""
+
+    path: str
+    aws: AwsSettings = AwsSettings()
+    functions: dict[str, FunctionSettings] = field(default_factory=dict)
+    mappings: tuple[Declared, ...] = ()
+    store: StoreSettings = StoreSettings("sqlite:///var/lib/poller/poller.db", "/var/lib/poller/poller.db")
+    server: ServerSettings = ServerSettings()
+    log: LogSettings = LogSettings()
+    retry: RetrySettings = RetrySettings()
+    limits: LimitSettings = LimitSettings()
+    checkpoint_interval: float = 0.1
+    shutdown_grace: float = 25.0
