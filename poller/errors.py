@@ -11,7 +11,7 @@ class PollerError(Exception):
 
 
 class ConfigError(PollerError):
-    """The document is refused. Carries every mistake at once, each a line `place: what was wrong; what would be right`."""
+    """The document is refused. Carries every mistake at once, each `place: what was wrong; what would be right`."""
 
     def __init__(self, mistakes: Sequence[str]) -> None:
         super().__init__("\n".join(mistakes))

@@ -44,7 +44,7 @@ class StreamSource(Protocol):
         ...
 
     async def iterator(self, shard: ShardId, at: Position) -> str:
-        """A read token. PositionTrimmed when `at` has left retention; SourceGone when the shard has; else as `shards`."""
+        """A read token. PositionTrimmed: `at` has left retention; SourceGone: the shard has; else as `shards`."""
         ...
 
     async def fetch(self, shard: ShardId, iterator: str, limit: int) -> Fetch:
@@ -63,7 +63,7 @@ class QueueSource(Protocol):
     """A queue, opened for one mapping. May be called from several receive loops at once."""
 
     async def visibility_timeout(self) -> float:
-        """The queue's own visibility timeout in seconds. SourceGone, AccessDenied, SourceUnavailable, SourceThrottled."""
+        """The queue's own, in seconds. SourceGone, AccessDenied, SourceUnavailable, SourceThrottled."""
         ...
 
     async def receive(self, limit: int, wait: float, visibility: float | None) -> Sequence[Record]:
@@ -74,7 +74,7 @@ class QueueSource(Protocol):
         ...
 
     async def delete(self, records: Sequence[Record]) -> Sequence[Record]:
-        """Delete in tens; answers those that were not deleted. Never raises for a failing call, only for cancellation."""
+        """Delete in tens; answers those that were not deleted. A failing call is no exception."""
         ...
 
     async def extend(self, records: Sequence[Record], seconds: float) -> Sequence[Record]:
@@ -122,11 +122,11 @@ class CheckpointStore(Protocol):
         ...
 
     async def acquire(self, mapping: MappingId, row: Row, owner: str) -> Lease | None:
-        """Take the lease if the stored (owner, token) is still the row's; the token rises by one. None: somebody was faster."""
+        """Take the lease if the stored (owner, token) is still the row's; token + 1. None: somebody was faster."""
         ...
 
     async def save(self, changes: Sequence[tuple[Lease, Checkpoint]]) -> Sequence[Lease]:
-        """Write checkpoints in one commit; answers the leases whose token no longer matches (nothing was written for them)."""
+        """Write checkpoints in one commit; answers the leases whose token no longer matches (not written)."""
         ...
 
     async def release(self, lease: Lease, checkpoint: Checkpoint | None) -> bool:
@@ -199,7 +199,7 @@ class StoreObserver(Protocol):
 
 
 class Control(Protocol):
-    """What the HTTP server may ask of the daemon. The mapping operations answer EventSourceMappingConfiguration objects."""
+    """What the HTTP server may ask of the daemon. Mapping operations answer EventSourceMappingConfiguration objects."""
 
     def status(self) -> Sequence[MappingStatus]:
         """Every mapping, now. Cheap enough for each scrape."""

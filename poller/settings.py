@@ -1,4 +1,4 @@
-"""The config file as frozen values, after `config.py` has read, filled and checked it. Secrets stay out of every repr."""
+"""The config file as frozen values, after `config.py` has read, filled and checked it. Secrets stay out of reprs."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -69,7 +69,7 @@ class HttpFunction:
 
 @dataclass(frozen=True, slots=True)
 class LambdaFunction:
-    """`functions.NAME` with `lambda`, or a function that only AWS knows. `arn`: name, partial or full ARN, qualifier kept."""
+    """`functions.NAME` with `lambda`, or one that only AWS knows. `arn`: name, partial or full ARN, qualifier kept."""
 
     name: str
     arn: str

@@ -252,7 +252,8 @@ class Delivered:
 @dataclass(frozen=True, slots=True)
 class Partial:
     """A batch response named failures. Streams: `index` is the first failed record's place in the batch, all before
-    it are settled. Queues: `failed` are the message ids that stay; all others are settled."""
+    it are settled. Queues: `failed` are the message ids that stay; all others are settled.
+    """
 
     index: int = 0
     failed: frozenset[str] = frozenset()
