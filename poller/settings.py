@@ -146,3 +146,5 @@ class Settings:
     limits: LimitSettings = LimitSettings()
     checkpoint_interval: float = 0.1
     shutdown_grace: float = 25.0
+    warnings: tuple[str, ...] = ()
+    """What is legal but looks wrong, each `FILE:LINE: place: sentence`, for the log and `validate`."""

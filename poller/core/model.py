@@ -23,6 +23,11 @@ class SourceKind(StrEnum):
     DYNAMODB = "dynamodb"
     SQS = "sqs"
 
+    @property
+    def is_stream(self) -> bool:
+        """Sharded and ordered, with positions; else a queue."""
+        return self is not SourceKind.SQS
+
 
 class Record(NamedTuple):
     """One record or message, encoded once to the JSON object that the Lambda event carries.
@@ -353,3 +358,16 @@ class MappingStatus:
     breaker: str = "closed"
     retention: float | None = None
     shards: tuple[ShardStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTraits:
+    """How a kind of stream is read.
+
+    `fetch_limit`: records that one read may ask for. `tip_interval`: seconds between reads at the tip.
+    `has_timestamps`: knows AT_TIMESTAMP iterators (Kinesis does, DynamoDB Streams does not).
+    """
+
+    fetch_limit: int
+    tip_interval: float
+    has_timestamps: bool

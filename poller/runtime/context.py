@@ -1,0 +1,53 @@
+"""What all runners of a process share."""
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from poller.core.model import Mapping, StreamTraits
+from poller.core.retry import Backoff
+from poller.ports import CheckpointStore, Clock, MappingObserver, QueueSource, StreamSource, Target
+from poller.runtime.checkpointer import Checkpointer
+from poller.runtime.gate import ByteBudget, Gate
+
+# Sources, stores and mappings in trouble are asked again for ever, this slowly at most.
+TROUBLE_INITIAL, TROUBLE_MAXIMUM = 0.5, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The services of one process. `owner` names it in leases; `backoff` is the retry curve of failing batches and
+    `trouble` that of failing reads, stores and mappings.
+    """
+
+    clock: Clock
+    random: random.Random
+    store: CheckpointStore
+    checkpointer: Checkpointer
+    budget: ByteBudget
+    backoff: Backoff
+    trouble: Backoff
+    owner: str
+
+
+class LastResult:
+    """LastProcessingResult of the mapping API (semantics 1.6). Outlives restarts of the mapping's tasks."""
+
+    __slots__ = ("text",)
+
+    def __init__(self) -> None:
+        self.text = "No records processed"
+
+
+@dataclass(frozen=True, slots=True)
+class Pipe:
+    """One mapping with what it is connected to. The sources are opened anew at each start of the mapping."""
+
+    mapping: Mapping
+    result: LastResult
+    target: Target
+    gate: Gate
+    observer: MappingObserver
+    traits: StreamTraits | None
+    open_stream: Callable[[], Awaitable[StreamSource]]
+    open_queue: Callable[[], Awaitable[QueueSource]]

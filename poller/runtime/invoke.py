@@ -1,0 +1,68 @@
+"""One invocation, the same for streams and queues: payload, request id, metrics, judgement."""
+
+import random
+import uuid
+from collections.abc import Sequence
+
+from poller.core.model import (
+    MAX_PAYLOAD_BYTES,
+    Delivered,
+    Failed,
+    Invocation,
+    Outcome,
+    Partial,
+    Record,
+    Reply,
+    ReplyStatus,
+    Throttled,
+)
+from poller.core.replies import idempotency_key, judge, payload
+from poller.ports import Clock
+from poller.runtime.context import Pipe
+
+
+async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, records: Sequence[Record], attempt: int) -> Outcome:
+    """Call the target once with these records and say what became of it. Counts and times the call."""
+    mapping = pipe.mapping
+    body = payload(records)
+    if len(body) > MAX_PAYLOAD_BYTES:
+        # Lambda would answer 413 without running the function, and that spends an attempt (semantics 4.2).
+        pipe.observer.invoked("error", len(records), 0.0)
+        return Failed(
+            f"the event has {len(body)} bytes, more than the {MAX_PAYLOAD_BYTES} that an invocation may carry"
+        )
+    call = Invocation(
+        mapping=mapping.id,
+        request_id=str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+        attempt=attempt,
+        key=idempotency_key(mapping.id, mapping.source.arn, records),
+        payload=body,
+        trace=records[0].trace,
+    )
+    started = clock.now()
+    pipe.observer.invoking(1)
+    try:
+        reply = await pipe.target.invoke(call)
+    finally:
+        pipe.observer.invoking(-1)
+    outcome = judge(
+        reply, records, report_failures=mapping.retry.report_failures, ordered=mapping.source.kind.is_stream
+    )
+    pipe.observer.invoked(_label(reply, outcome), len(records), clock.now() - started)
+    if isinstance(outcome, Failed):
+        pipe.result.text = "PROBLEM: Function call failed"
+    elif not isinstance(outcome, Throttled):
+        pipe.result.text = "OK"
+    return outcome
+
+
+def _label(reply: Reply, outcome: Outcome) -> str:
+    match outcome:
+        case Delivered():
+            return "success"
+        case Partial():
+            return "partial"
+        case Throttled(unreachable=unreachable):
+            return "unreachable" if unreachable else "throttle"
+        case Failed():
+            return "timeout" if reply.status is ReplyStatus.TIMEOUT else "error"

@@ -1,0 +1,398 @@
+"""One shard under one lease: reads it, invokes lane by lane, reports its position.
+
+STARTING --iterator--> RUNNING --no next iterator--> ENDING --lanes empty--> (run returns)
+    ^                     |
+    +--iterator expired --+        stop() --> DRAINING --in flight ended--> (run returns)
+"""
+
+import asyncio
+from math import inf
+
+import structlog
+
+from poller.core.flow import ShardFlow
+from poller.core.model import (
+    TRIM_HORIZON,
+    Batch,
+    Checkpoint,
+    Discard,
+    Failed,
+    Fetch,
+    Lease,
+    Outcome,
+    Partial,
+    Position,
+    PositionKind,
+    Row,
+    ShardState,
+    ShardStatus,
+    Throttled,
+)
+from poller.errors import (
+    AccessDenied,
+    IteratorExpired,
+    PositionTrimmed,
+    SourceGone,
+    SourceThrottled,
+    SourceUnavailable,
+)
+from poller.ports import StreamSource
+from poller.runtime.context import Context, Pipe
+from poller.runtime.invoke import invoke
+from poller.runtime.waiting import sleep_until, wait_until
+
+_log = structlog.get_logger(__name__)
+
+MIN_READ_INTERVAL = 0.2  # 5 GetRecords a second a shard is AWS's limit
+_GUESSED_RECORD_BYTES = 2048  # until the shard has shown its own
+_SMALL_READ_BYTES = 262_144  # what a shard may take although the byte budget is used up
+
+
+class ShardWorker:
+    """Runs one shard until it ends, is stopped, or its lease is lost.
+
+    `is_fresh`: the row was created by this process just now, so a LATEST position may be taken by a LATEST iterator,
+    once; later it is the moment that the row names.
+    After `run` returned, `checkpoint()` is what to save; `has_ended` says that the shard is read and settled to its
+    end, `is_gone` that the source does not know it any more, `is_lost` that the lease is another's: write nothing.
+    """
+
+    def __init__(
+        self, context: Context, pipe: Pipe, source: StreamSource, row: Row, lease: Lease, *, is_fresh: bool
+    ) -> None:
+        assert pipe.traits is not None
+        self.lease = lease
+        self.observer = pipe.observer
+        self.saved = row.checkpoint
+        self.state = ShardState.STARTING
+        self.problem = ""
+        self.is_gone = False
+        self.is_lost = False
+        self._context = context
+        self._clock = context.clock
+        self._pipe = pipe
+        self._traits = pipe.traits
+        self._source = source
+        self._at = row.checkpoint.position  # where an iterator is asked for: after what is in memory
+        self._is_fresh = is_fresh
+        self._floor = -inf  # records that arrived before it are not ours (LATEST on DynamoDB, after a restart)
+        self._expected = ""  # the record that the next read must begin with, else something was trimmed
+        self._flow = ShardFlow(pipe.mapping.batch, pipe.mapping.retry, context.backoff.delay, row.checkpoint.resume)
+        self._wake = asyncio.Event()  # lanes may be due, or the end may be reached
+        self._room = asyncio.Event()  # records were settled
+        self._lanes: dict[int, asyncio.Task[None]] = {}
+        self._calling: set[int] = set()
+        self._is_sealed = False
+        self._is_stopped = False
+        self._lag: float | None = None
+        self._record_bytes = _GUESSED_RECORD_BYTES
+        self._accounted = 0
+
+    # --- for the runner and the checkpointer
+
+    @property
+    def has_ended(self) -> bool:
+        """Read to its end and every record settled."""
+        return self._is_sealed and self._flow.is_drained
+
+    @property
+    def in_flight(self) -> int:
+        """Invocations that run now."""
+        return len(self._calling)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Where a restart goes on; None when nothing was read yet."""
+        return self._flow.checkpoint()
+
+    def stop(self) -> None:
+        """Begin nothing new; `run` returns when what is in flight has ended."""
+        self._is_stopped = True
+        self.state = ShardState.DRAINING
+        self._flow.stop()
+        for lane, task in list(self._lanes.items()):
+            if lane not in self._calling:
+                task.cancel()  # it waits for a slot and holds no work
+                del self._lanes[lane]  # not left to the task: one that has not begun yet never gets to its `finally`
+        self._wake.set()
+
+    def lose_lease(self) -> None:
+        """Somebody else owns the shard: `run` cuts off what is in flight and returns; nothing more is written."""
+        self.is_lost = True
+        self.state = ShardState.LOST
+        self._wake.set()
+
+    def status(self) -> ShardStatus:
+        """A snapshot for operators."""
+        flow = self._flow.status()
+        return ShardStatus(
+            id=self.lease.shard,
+            state=self.state,
+            lag=self._lag,
+            batch_arrival=flow.batch_arrival,
+            oldest_arrival=flow.oldest_arrival,
+            blocked_since=flow.blocked_since,
+            in_flight=flow.in_flight,
+            held=self._flow.held,
+            attempts=flow.attempts,
+            first_sequence=flow.first_sequence,
+            last_sequence=flow.last_sequence,
+            last_error=flow.error or self.problem or None,
+            next_attempt=flow.next_attempt,
+        )
+
+    # --- the shard
+
+    async def run(self) -> None:
+        """Cancelled: what is in flight is cut off and counts as not delivered."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reader = tasks.create_task(self._read())
+                await self._dispatch(tasks)
+                reader.cancel()
+                if self.is_lost:
+                    for task in self._lanes.values():
+                        task.cancel()
+        finally:
+            self._context.budget.give(self._accounted)
+            self._accounted = 0
+
+    async def _dispatch(self, tasks: asyncio.TaskGroup) -> None:
+        """Start a task for each lane that is due; return at the end of the shard, when stopped and drained, or when the
+        lease is lost. A lane that has a task is looked at again when the task ends.
+        """
+        while True:
+            self._wake.clear()
+            if self.is_lost or self.has_ended or (self._is_stopped and not self._lanes):
+                return
+            now, wake_at = self._clock.now(), inf
+            for lane, due_at in enumerate(self._flow.due_at()):
+                if lane in self._lanes:
+                    continue
+                if due_at <= now:
+                    self._lanes[lane] = tasks.create_task(self._run_lane(lane))
+                else:
+                    wake_at = min(wake_at, due_at)
+            await wait_until(self._wake, self._clock, wake_at)
+
+    async def _run_lane(self, lane: int) -> None:
+        """Work off a lane while it is due: a slot first, then the work."""
+        try:
+            while True:
+                async with self._pipe.gate:
+                    work = self._flow.take(lane, self._clock.now())
+                    if isinstance(work, Batch):
+                        await self._invoke(work)
+                if isinstance(work, Discard):
+                    self._discard(work)
+                if work is None:
+                    return
+        finally:
+            self._lanes.pop(lane, None)
+            self._wake.set()
+
+    async def _invoke(self, batch: Batch) -> None:
+        self._calling.add(batch.lane)
+        try:
+            outcome = await invoke(self._pipe, self._clock, self._context.random, batch.records, batch.attempt)
+        finally:
+            self._calling.discard(batch.lane)
+        self._flow.resolve(batch, outcome, self._clock.now())
+        self._log_outcome(batch, outcome)
+        self._settled()
+
+    def _discard(self, discard: Discard) -> None:
+        """No failure destination: the records are dropped, counted and named in the log."""
+        self._flow.confirm(discard, self._clock.now())
+        self.observer.dropped(len(discard.records))
+        self._warn(
+            "records_discarded",
+            reason=discard.reason.value,
+            attempts=discard.attempts,
+            records=len(discard.records),
+            first_sequence=discard.records[0].id,
+            last_sequence=discard.records[-1].id,
+        )
+        self._settled()
+
+    def _settled(self) -> None:
+        self._account(0)
+        self._context.checkpointer.moved(self)
+        self._room.set()
+
+    def _log_outcome(self, batch: Batch, outcome: Outcome) -> None:
+        match outcome:
+            case Failed(error=error) | Throttled(error=error):
+                self._warn(
+                    "invocation_failed" if isinstance(outcome, Failed) else "invocation_waits",
+                    error=error,
+                    attempt=batch.attempt,
+                    records=len(batch.records),
+                    first_sequence=batch.records[0].id,
+                    last_sequence=batch.records[-1].id,
+                    retry_in=self._retry_in(),
+                )
+            case Partial(index=index):
+                self._warn(
+                    "batch_partly_failed",
+                    attempt=batch.attempt,
+                    records=len(batch.records),
+                    settled=index,
+                    first_failed=batch.records[index].id,
+                    retry_in=self._retry_in(),
+                )
+            case _:
+                pass
+
+    def _retry_in(self) -> float | None:
+        at = self._flow.status().next_attempt
+        return None if at is None else round(max(0.0, at - self._clock.now()), 3)
+
+    def _warn(self, event: str, **fields: object) -> None:
+        mapping = self._pipe.mapping
+        _log.warning(event, mapping=mapping.id, function=mapping.function.name, shard=self.lease.shard, **fields)
+
+    # --- reading
+
+    async def _read(self) -> None:
+        """Read until the end of the shard. Trouble is waited out, whatever it is; lanes go on meanwhile."""
+        iterator: str | None = None
+        failures = 0
+        while True:
+            limit = await self._wait_for_room()
+            started = self._clock.now()
+            operation = "GetRecords"
+            try:
+                if iterator is None:
+                    operation = "GetShardIterator"
+                    iterator = await self._new_iterator()
+                    operation = "GetRecords"
+                fetch = await self._source.fetch(self.lease.shard, iterator, limit)
+            except IteratorExpired:
+                # Normal for a shard that was blocked for longer than an iterator lives.
+                self.observer.polled(operation, "expired", 0)
+                iterator = None
+                self.state = self.state if self._is_stopped else ShardState.STARTING
+                failures += 1
+                if failures > 1:  # a source that never accepts its own iterators must not be hammered
+                    await self._pause(failures, None)
+                continue
+            except PositionTrimmed as error:
+                self.observer.polled(operation, "error", 0)
+                self._lose_records(str(error))
+                iterator = None
+                continue
+            except SourceGone as error:
+                self.observer.polled(operation, "error", 0)
+                self._set_problem(str(error))
+                self.is_gone = True
+                self._seal()
+                return
+            except (SourceThrottled, SourceUnavailable, AccessDenied) as error:
+                throttled = isinstance(error, SourceThrottled)
+                self.observer.polled(operation, "throttled" if throttled else "error", 0)
+                failures += 1
+                if not throttled or failures > 1:
+                    self._set_problem(str(error))
+                await self._pause(failures, error.retry_after if isinstance(error, SourceThrottled) else None)
+                continue
+            finally:
+                self._account(0)
+            failures = 0
+            self._set_problem("")
+            self._take_in(fetch)
+            if fetch.next_iterator is None:
+                self._seal()
+                return
+            iterator = fetch.next_iterator
+            is_behind = fetch.read >= limit or (fetch.lag > 0 if fetch.lag is not None else fetch.read > 0)
+            await sleep_until(self._clock, started + (MIN_READ_INTERVAL if is_behind else self._traits.tip_interval))
+
+    async def _wait_for_room(self) -> int:
+        """How many records to ask for: bounded by the shard's buffer and the bytes that the process may still take."""
+        while True:
+            self._room.clear()
+            room = self._flow.room()
+            nbytes = self._context.budget.left()
+            if self._flow.held == 0:
+                nbytes = max(nbytes, _SMALL_READ_BYTES)
+            if room and nbytes >= _SMALL_READ_BYTES:
+                limit = min(room, self._traits.fetch_limit, max(1, nbytes // self._record_bytes))
+                self._account(limit * self._record_bytes)
+                return limit
+            self._context.budget.notify(self._room)
+            await self._room.wait()
+
+    def _account(self, reserved: int) -> None:
+        """Tell the byte budget what this shard holds, and what it reserves for a read."""
+        change = self._flow.held_bytes + reserved - self._accounted
+        self._accounted += change
+        if change > 0:
+            self._context.budget.take(change)
+        elif change < 0:
+            self._context.budget.give(-change)
+
+    async def _new_iterator(self) -> str:
+        position = self._position()
+        iterator = await self._source.iterator(self.lease.shard, position)
+        if position.kind is PositionKind.LATEST:
+            self._is_fresh = False  # LATEST is never resolved a second time: what came between would be lost
+        self._expected = position.value if position.kind is PositionKind.AT else ""
+        if not self._is_stopped:
+            self.state = ShardState.RUNNING
+        return iterator
+
+    def _position(self) -> Position:
+        """After the last record that is in memory, else where the row says."""
+        if self._at.kind is not PositionKind.LATEST or self._is_fresh:
+            return self._at
+        if self._traits.has_timestamps:
+            return Position(PositionKind.AT_TIMESTAMP, self._at.value)
+        self._floor = float(self._at.value)
+        return TRIM_HORIZON
+
+    def _take_in(self, fetch: Fetch) -> None:
+        records = fetch.records
+        self.observer.polled("GetRecords", "success", fetch.read)
+        self._lag = fetch.lag
+        if not fetch.read:
+            return
+        self._at = Position(PositionKind.AFTER, fetch.newest)
+        self._record_bytes = max(1, fetch.nbytes // fetch.read)
+        if self._expected:
+            if records and records[0].id != self._expected:
+                self._report_loss(f"the shard now begins at {records[0].id}, after the position {self._expected}")
+            self._expected = ""
+        if self._floor > -inf:
+            records = tuple([record for record in records if record.arrival >= self._floor])
+        self._flow.admit(records, fetch.newest, self._clock.now())
+        self._account(0)
+        self._context.checkpointer.moved(self)
+        self._wake.set()
+
+    def _lose_records(self, reason: str) -> None:
+        """The position has left retention: go on at the horizon. What lies between is lost, and that is said."""
+        self._report_loss(reason)
+        self._at = TRIM_HORIZON
+
+    def _report_loss(self, reason: str) -> None:
+        self.observer.lost(self.lease.shard, 1)
+        mapping = self._pipe.mapping
+        _log.error(
+            "records_lost", mapping=mapping.id, function=mapping.function.name, shard=self.lease.shard, reason=reason
+        )
+
+    def _seal(self) -> None:
+        self._is_sealed = True
+        self._flow.seal()
+        if not self._is_stopped:
+            self.state = ShardState.ENDING
+        self._wake.set()
+
+    def _set_problem(self, problem: str) -> None:
+        if problem and problem != self.problem:
+            self._warn("source_problem", error=problem)
+        self.problem = problem
+
+    async def _pause(self, failures: int, retry_after: float | None) -> None:
+        delay = self._context.trouble.delay(failures, retry_after)
+        await sleep_until(self._clock, self._clock.now() + delay)

@@ -1,0 +1,209 @@
+"""One stream mapping: finds its shards, runs a worker for each that may be read, restarts one that crashed.
+
+BLOCKED --parents done--> OPEN --lease--> (shard_worker) --ended--> DONE
+                           ^                   |
+                           +--- after backoff -+ crashed, gone, lease lost
+"""
+
+import asyncio
+from collections.abc import Callable
+from math import inf
+
+import structlog
+
+from poller.core import lineage
+from poller.core.model import END, Checkpoint, Lease, PositionKind, Row, ShardId, ShardState, ShardStatus
+from poller.errors import PollerError, SourceThrottled, StoreUnavailable
+from poller.ports import StreamSource
+from poller.runtime.context import Context, Pipe
+from poller.runtime.runner import Stopping
+from poller.runtime.shard_worker import ShardWorker
+from poller.runtime.waiting import sleep_until, wait_until
+
+_log = structlog.get_logger(__name__)
+
+LISTING_INTERVAL = 30.0  # besides at the end of each shard
+_RELEASE_TRIES = 5
+
+
+class StreamRunner:
+    """Implements `Runner` for Kinesis and DynamoDB Streams."""
+
+    def __init__(self, context: Context, pipe: Pipe) -> None:
+        self.is_reached = False
+        self.retention: float | None = None
+        self._context = context
+        self._clock = context.clock
+        self._pipe = pipe
+        self._mapping = pipe.mapping
+        self._problem = ""
+        self._source: StreamSource | None = None
+        self._stopping = Stopping(context.clock, pipe.mapping)
+        self._list_now = asyncio.Event()
+        self._tasks: dict[ShardId, asyncio.Task[None]] = {}
+        self._workers: dict[ShardId, ShardWorker] = {}
+        self._idle: dict[ShardId, ShardState] = {}  # shards as of the last listing; a worker knows better
+        self._fresh: set[ShardId] = set()  # LATEST rows that this runner created and nobody has read from
+        self._gone: set[ShardId] = set()  # shards that the source denied to know
+        self._failures: dict[ShardId, int] = {}
+
+    @property
+    def problem(self) -> str:
+        """See `Runner.problem`; that of the mapping before that of a shard."""
+        return self._problem or next((worker.problem for worker in self._workers.values() if worker.problem), "")
+
+    def stop(self, grace: float = inf) -> None:
+        """See `Runner.stop`."""
+        self._stopping.ask(grace)
+
+    def shards(self) -> tuple[ShardStatus, ...]:
+        """Workers first, then the shards that have none."""
+        running = [worker.status() for worker in self._workers.values()]
+        idle = [ShardStatus(shard, state) for shard, state in self._idle.items() if shard not in self._workers]
+        return (*running, *idle)
+
+    def in_flight(self) -> int:
+        """Invocations that run now."""
+        return sum([worker.in_flight for worker in self._workers.values()])
+
+    async def run(self) -> None:
+        """Work until `stop`."""
+        async with asyncio.TaskGroup() as tasks:
+            tender = tasks.create_task(self._tend(tasks))
+            await self._stopping.asked.wait()
+            tender.cancel()
+            for shard, task in list(self._tasks.items()):
+                if shard in self._workers:
+                    self._workers[shard].stop()
+                else:
+                    task.cancel()  # between two workers: nothing is in flight
+            await self._stopping.drain(list(self._tasks.values()))
+        async with asyncio.TaskGroup() as tasks:
+            for worker in self._workers.values():  # cut off: the last write belongs to the parent, not to the task
+                tasks.create_task(self._release(worker, worker.checkpoint()))
+        if self._source is not None:
+            await self._source.close()
+
+    # --- discovery
+
+    async def _tend(self, tasks: asyncio.TaskGroup) -> None:
+        """List shards and start workers: at once when a shard has ended, and every LISTING_INTERVAL."""
+        failures = 0
+        while True:
+            self._list_now.clear()
+            try:
+                if self._source is None:
+                    self._source = await self._pipe.open_stream()
+                await self._discover(self._source, tasks)
+            except PollerError as error:
+                failures += 1
+                self._set_problem(str(error))
+                retry_after = error.retry_after if isinstance(error, SourceThrottled) else None
+                delay = self._context.trouble.delay(failures, retry_after)
+                await sleep_until(self._clock, self._clock.now() + delay)
+                continue
+            failures = 0
+            self._set_problem("")
+            await wait_until(self._list_now, self._clock, self._clock.now() + LISTING_INTERVAL)
+
+    async def _discover(self, source: StreamSource, tasks: asyncio.TaskGroup) -> None:
+        listing = await source.shards()
+        self.is_reached = True
+        store, mapping = self._context.store, self._mapping.id
+        plan = lineage.plan(listing, await store.load(mapping), self._mapping.start)
+        if plan.create:
+            await store.create(mapping, plan.create)
+            self._fresh.update(row.shard for row in plan.create if row.checkpoint.position.kind is PositionKind.LATEST)
+        if plan.delete:
+            await store.forget(mapping, plan.delete)
+        rows = await store.load(mapping)
+        self._idle = {shard: ShardState.DONE for shard, row in rows.items() if lineage.is_done(row)}
+        self._idle.update(dict.fromkeys(plan.blocked, ShardState.BLOCKED))
+        self._idle.update(dict.fromkeys(plan.ready, ShardState.OPEN))
+        listed = {shard.id for shard in listing.shards}
+        for shard in plan.ready:
+            if shard not in self._tasks and shard in rows:
+                has_expired = shard in self._gone and shard not in listed
+                self._tasks[shard] = tasks.create_task(self._run_shard(source, rows[shard], has_expired=has_expired))
+        if self.retention is None:
+            self.retention = await source.retention()
+
+    def _set_problem(self, problem: str) -> None:
+        if problem and problem != self._problem:
+            self._log(_log.warning, "mapping_problem", error=problem)
+        self._problem = problem
+
+    def _log(self, write: Callable[..., object], event: str, **fields: object) -> None:
+        write(event, mapping=self._mapping.id, function=self._mapping.function.name, **fields)
+
+    # --- one shard: the failure domain
+
+    async def _run_shard(self, source: StreamSource, row: Row, *, has_expired: bool) -> None:
+        """One life of a shard's worker. Whatever goes wrong ends here and is tried again from the stored position."""
+        shard = row.shard
+        try:
+            is_well = await self._work(source, row, has_expired=has_expired)
+        except StoreUnavailable as error:
+            is_well = False
+            self._log(_log.error, "store_unavailable", shard=shard, error=str(error))
+        except Exception:  # noqa: BLE001  # one bad shard never stops another
+            is_well = False
+            self._log(_log.exception, "shard_crashed", shard=shard)
+            if shard in self._workers:
+                await self._release(self._workers[shard], None)
+        if is_well:
+            self._failures.pop(shard, None)
+        else:
+            failures = self._failures[shard] = self._failures.get(shard, 0) + 1
+            await sleep_until(self._clock, self._clock.now() + self._context.trouble.delay(failures))
+        del self._tasks[shard]
+        self._list_now.set()
+
+    async def _work(self, source: StreamSource, row: Row, *, has_expired: bool) -> bool:
+        """False: wait before the next life."""
+        lease = await self._context.store.acquire(self._mapping.id, row, self._context.owner)
+        if lease is None:
+            return False
+        if has_expired:
+            await self._bury(lease)
+            return True
+        worker = ShardWorker(self._context, self._pipe, source, row, lease, is_fresh=row.shard in self._fresh)
+        self._fresh.discard(row.shard)
+        self._workers[row.shard] = worker
+        await worker.run()
+        if worker.is_lost:
+            self._context.checkpointer.drop(worker)
+            del self._workers[row.shard]
+            self._log(_log.error, "lease_lost", shard=row.shard)
+            return False
+        if worker.is_gone:
+            self._gone.add(row.shard)
+        has_ended = worker.has_ended and not worker.is_gone
+        await self._release(worker, Checkpoint(END) if has_ended else worker.checkpoint())
+        if has_ended:
+            self._log(_log.info, "shard_ended", shard=row.shard)
+        return not worker.is_gone
+
+    async def _bury(self, lease: Lease) -> None:
+        """The shard has left the stream before it was read to its end: what it still held is lost, and that is said."""
+        await self._context.store.release(lease, Checkpoint(END))
+        self._gone.discard(lease.shard)
+        self._pipe.observer.lost(lease.shard, 1)
+        self._log(
+            _log.error, "records_lost", shard=lease.shard, reason="the shard expired before it was read to its end"
+        )
+
+    async def _release(self, worker: ShardWorker, checkpoint: Checkpoint | None) -> None:
+        """Write the last position and give the lease up; a store that is away is asked a few times."""
+        shard = worker.lease.shard
+        self._context.checkpointer.drop(worker)
+        for tries in range(1, _RELEASE_TRIES + 1):
+            try:
+                await self._context.store.release(worker.lease, checkpoint)
+                break
+            except StoreUnavailable as error:
+                self._log(_log.error, "release_failed", shard=shard, error=str(error), tries=tries)
+                await sleep_until(self._clock, self._clock.now() + self._context.trouble.delay(tries))
+        if checkpoint is not None and checkpoint.position == END:
+            self._idle[shard] = ShardState.DONE
+        del self._workers[shard]

@@ -1,0 +1,219 @@
+"""Desired mappings -> running mappings. One keeper task per mapping, so that none waits for another.
+
+desired ----> Enabled:  a runner works --------------+
+   ^  |                                              | the desired mapping changed: the runner stops,
+   |  +-----> Disabled: nothing runs                 | what is in flight ends, the keeper looks again
+   +-------------------------------------------------+
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Protocol
+
+import structlog
+
+from poller.core.model import Mapping, MappingId, MappingStatus
+from poller.errors import PollerError, StoreUnavailable
+from poller.runtime.context import Context, LastResult, Pipe
+from poller.runtime.queue_runner import QueueRunner
+from poller.runtime.runner import Runner
+from poller.runtime.stream_runner import StreamRunner
+from poller.runtime.waiting import sleep_until, wait_until
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A mapping as it should run. `revision` stands for everything outside of the mapping that makes it run otherwise,
+    such as its function's settings: a runner is replaced when either differs.
+    """
+
+    mapping: Mapping
+    revision: object = None
+
+
+class Plumbing(Protocol):
+    """Connects mappings: `app` has it."""
+
+    async def connect(self, wanted: Wanted, result: LastResult) -> Pipe:
+        """Open the target, or share an open one. A PollerError is waited out."""
+        ...
+
+    async def disconnect(self, pipe: Pipe) -> None:
+        """The mapping does not use the pipe any more."""
+        ...
+
+
+class _Kept:
+    """One mapping under a keeper. `wanted` None: stop for good; `forget`: and delete its positions.
+
+    `mapping` is the last one wanted, for status; `problem` what keeps a runner from being made.
+    """
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted: Wanted | None = wanted
+        self.mapping = wanted.mapping
+        self.forget = False
+        self.state = "Creating"
+        self.problem = ""
+        self.result = LastResult()
+        self.runner: Runner | None = None
+        self.changed = asyncio.Event()
+
+
+class Supervisor:
+    """Runs what is wanted until `stop`. Its methods may be called at any time while `run` runs."""
+
+    def __init__(self, context: Context, plumbing: Plumbing) -> None:
+        self._context = context
+        self._plumbing = plumbing
+        self._kept: dict[MappingId, _Kept] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._grace: float | None = None
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Work until `stop` and until every mapping has stopped."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            for kept in self._kept.values():
+                tasks.create_task(self._keep(kept))
+            await self._stop.wait()
+
+    def stop(self, grace: float) -> None:
+        """Begin nothing new; what is in flight has `grace` seconds. Positions are saved and stay."""
+        self._grace = grace
+        for kept in self._kept.values():
+            kept.wanted = None
+            self._interrupt(kept, grace)
+        self._stop.set()
+
+    # --- desired
+
+    def want(self, wanted: Wanted) -> None:
+        """Start a mapping, or change it. One that does not change is not disturbed."""
+        if self._grace is not None:
+            return
+        kept = self._kept.get(wanted.mapping.id)
+        if kept is None:
+            kept = self._kept[wanted.mapping.id] = _Kept(wanted)
+            if self._tasks is not None:
+                self._tasks.create_task(self._keep(kept))
+            return
+        if kept.wanted == wanted:
+            return
+        was_enabled = kept.mapping.enabled
+        kept.wanted, kept.mapping = wanted, wanted.mapping
+        if wanted.mapping.enabled == was_enabled:
+            kept.state = "Updating"
+        else:
+            kept.state = "Enabling" if wanted.mapping.enabled else "Disabling"
+        self._interrupt(kept, inf)
+
+    def remove(self, mapping: MappingId, *, forget: bool) -> None:
+        """Stop a mapping for good; it is gone when its `state` is None. `forget` deletes its positions too."""
+        kept = self._kept.get(mapping)
+        if kept is None or self._grace is not None:
+            return
+        kept.wanted, kept.forget, kept.state = None, forget, "Deleting"
+        self._interrupt(kept, inf)
+
+    def _interrupt(self, kept: _Kept, grace: float) -> None:
+        kept.changed.set()
+        if kept.runner is not None:
+            kept.runner.stop(grace)
+
+    async def _keep(self, kept: _Kept) -> None:
+        """Make what runs follow what is wanted, until it is wanted no more."""
+        failures = 0
+        while (wanted := kept.wanted) is not None:
+            kept.changed.clear()
+            if not wanted.mapping.enabled:
+                kept.state = "Disabled"
+                await kept.changed.wait()
+                continue
+            try:
+                await self._run(kept, wanted)
+            except Exception as error:  # noqa: BLE001  # one bad mapping never stops another
+                failures += 1
+                kept.runner, kept.problem = None, f"{type(error).__name__}: {error}"
+                self._log_crash(kept, error)
+                delay = self._context.trouble.delay(failures)
+                await wait_until(kept.changed, self._context.clock, self._context.clock.now() + delay)
+        if self._grace is None:
+            await self._finish(kept)
+
+    async def _run(self, kept: _Kept, wanted: Wanted) -> None:
+        pipe = await self._plumbing.connect(wanted, kept.result)
+        kept.problem = ""
+        if kept.wanted is wanted:
+            make = StreamRunner if wanted.mapping.source.kind.is_stream else QueueRunner
+            kept.runner = make(self._context, pipe)
+            kept.state = "Enabled"
+            await kept.runner.run()
+            kept.runner = None
+        await self._plumbing.disconnect(pipe)
+
+    def _log_crash(self, kept: _Kept, error: Exception) -> None:
+        ids = {"mapping": kept.mapping.id, "function": kept.mapping.function.name}
+        if isinstance(error, PollerError):
+            _log.error("mapping_not_started", error=str(error), **ids)
+        else:
+            _log.error("mapping_crashed", exc_info=error, **ids)
+
+    async def _finish(self, kept: _Kept) -> None:
+        """The mapping is gone; a store that is away keeps it in state Deleting until its positions are deleted."""
+        failures = 0
+        while kept.forget:
+            try:
+                await self._context.store.forget(kept.mapping.id)
+                break
+            except StoreUnavailable as error:
+                failures += 1
+                _log.error("forget_failed", mapping=kept.mapping.id, error=str(error))
+                await sleep_until(
+                    self._context.clock, self._context.clock.now() + self._context.trouble.delay(failures)
+                )
+        del self._kept[kept.mapping.id]
+
+    # --- what is seen
+
+    def state(self, mapping: MappingId) -> str | None:
+        """The mapping API's state; None when it does not exist (any more)."""
+        kept = self._kept.get(mapping)
+        return kept.state if kept else None
+
+    def last_result(self, mapping: MappingId) -> str:
+        """LastProcessingResult."""
+        kept = self._kept.get(mapping)
+        return kept.result.text if kept else LastResult().text
+
+    def status(self) -> Sequence[MappingStatus]:
+        """Every mapping, now."""
+        return [self._status_of(kept) for kept in self._kept.values()]
+
+    def _status_of(self, kept: _Kept) -> MappingStatus:
+        runner, mapping = kept.runner, kept.mapping
+        return MappingStatus(
+            id=mapping.id,
+            function=mapping.function.name,
+            source=mapping.source.kind,
+            source_arn=mapping.source.arn,
+            state=kept.state,
+            reason=runner.problem if runner else kept.problem,
+            in_flight=runner.in_flight() if runner else 0,
+            retention=runner.retention if runner else None,
+            shards=runner.shards() if runner else (),
+        )
+
+    def unready(self) -> Sequence[str]:
+        """Enabled mappings whose source has not answered since they started."""
+        return [
+            f"mapping {kept.mapping.id} ({kept.mapping.source.arn}) has not reached its source"
+            + (f": {problem}" if (problem := kept.runner.problem if kept.runner else kept.problem) else "")
+            for kept in self._kept.values()
+            if kept.mapping.enabled and kept.wanted is not None and not (kept.runner and kept.runner.is_reached)
+        ]
