@@ -156,9 +156,14 @@ class QueueRunner:
             except PollerError as error:
                 failures += 1
                 await self._wait_out(error, failures)
-            except Exception:  # noqa: BLE001  # one bad batch never stops the other loops
+            except Exception as error:  # noqa: BLE001  # one bad batch never stops the other loops
                 failures += 1
-                _log.exception("receive_loop_crashed", mapping=self._mapping.id, function=self._mapping.function.name)
+                _log.error(
+                    "receive_loop_crashed",
+                    mapping=self._mapping.id,
+                    function=self._mapping.function.name,
+                    exc_info=error,
+                )
                 loop.held, loop.is_delivering = [], False  # they come back when their visibility ends
                 await sleep_until(self._clock, self._clock.now() + self._context.trouble.delay(failures))
 

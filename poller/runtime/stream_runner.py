@@ -116,13 +116,14 @@ class StreamRunner:
             self._fresh.update(row.shard for row in plan.create if row.checkpoint.position.kind is PositionKind.LATEST)
         if plan.delete:
             await store.forget(mapping, plan.delete)
-        rows = await store.load(mapping)
+        rows = await store.load(mapping)  # again: a shard may have ended since, and must not be started from its end
+        ready = [shard for shard in plan.ready if not lineage.is_done(rows[shard])]
         self._idle = {shard: ShardState.DONE for shard, row in rows.items() if lineage.is_done(row)}
         self._idle.update(dict.fromkeys(plan.blocked, ShardState.BLOCKED))
-        self._idle.update(dict.fromkeys(plan.ready, ShardState.OPEN))
+        self._idle.update(dict.fromkeys(ready, ShardState.OPEN))
         listed = {shard.id for shard in listing.shards}
-        for shard in plan.ready:
-            if shard not in self._tasks and shard in rows:
+        for shard in ready:
+            if shard not in self._tasks:
                 has_expired = shard in self._gone and shard not in listed
                 self._tasks[shard] = tasks.create_task(self._run_shard(source, rows[shard], has_expired=has_expired))
         if self.retention is None:
@@ -146,9 +147,9 @@ class StreamRunner:
         except StoreUnavailable as error:
             is_well = False
             self._log(_log.error, "store_unavailable", shard=shard, error=str(error))
-        except Exception:  # noqa: BLE001  # one bad shard never stops another
+        except Exception as error:  # noqa: BLE001  # one bad shard never stops another
             is_well = False
-            self._log(_log.exception, "shard_crashed", shard=shard)
+            self._log(_log.error, "shard_crashed", shard=shard, exc_info=error)
             if shard in self._workers:
                 await self._release(self._workers[shard], None)
         if is_well:

@@ -1,0 +1,519 @@
+"""A seeded world around the real runtime: a stream that reshards, a target, a store, faults, crashes and stops.
+
+Invariants are checked where they can break, each with the time and the ids, so that a failing seed explains itself.
+"""
+
+import asyncio
+import json
+import random
+from dataclasses import dataclass, field
+from math import inf
+
+from poller.core.flow import lane_of
+from poller.core.model import (
+    BatchPolicy,
+    Checkpoint,
+    Fetch,
+    FunctionSpec,
+    Invocation,
+    Lease,
+    Listing,
+    Mapping,
+    Position,
+    PositionKind,
+    Record,
+    Reply,
+    ReplyStatus,
+    RetryPolicy,
+    Row,
+    Shard,
+    SourceKind,
+    SourceSpec,
+    StreamTraits,
+)
+from poller.core.retry import Backoff
+from poller.errors import IteratorExpired, SourceThrottled, SourceUnavailable, StoreUnavailable
+from poller.runtime.checkpointer import Checkpointer
+from poller.runtime.context import Context, LastResult, Pipe
+from poller.runtime.gate import ByteBudget, Gate
+from poller.runtime.supervisor import Supervisor, Wanted
+from poller.stores.memory import MemoryStore
+from tests.fakes.observer import NullObserver
+from tests.sim.loop import VirtualClock, VirtualLoop
+
+FIRST_SEQUENCE = 10**24
+CHECKPOINT_INTERVAL = 0.1
+SLACK = 0.35  # a save that was under way, plus its latency
+
+
+class Violation(BaseException):
+    """An invariant does not hold. No Exception: the failure domains of the runtime must not catch it."""
+
+
+@dataclass
+class Plan:
+    """What a seed does."""
+
+    factor: int
+    size: int
+    window: float
+    attempts: int
+    max_age: float
+    report_failures: bool
+    keys: int
+    records: int
+    shards: int
+    fault_rate: float
+    store_faults: float
+    poison_rate: float
+    kills: int
+    duration: float
+    start: PositionKind
+    max_concurrency: int | None
+
+    @classmethod
+    def of(cls, rng: random.Random) -> "Plan":
+        return cls(
+            factor=rng.choice([1, 1, 2, 3, 5]),
+            size=rng.choice([1, 3, 10, 100]),
+            window=rng.choice([0.0, 0.0, 0.5, 3.0]),
+            attempts=rng.choice([-1, -1, 0, 2]),
+            max_age=rng.choice([-1, -1, -1, 60]),
+            report_failures=rng.random() < 0.4,
+            keys=rng.choice([1, 4, 12]),
+            records=rng.choice([30, 120, 250]),
+            shards=rng.choice([1, 2, 3]),
+            fault_rate=rng.choice([0.0, 0.05, 0.2]),
+            store_faults=rng.choice([0.0, 0.0, 0.1]),
+            poison_rate=rng.choice([0.0, 0.02, 0.1]),
+            kills=rng.choice([0, 1, 3, 6]),
+            duration=rng.choice([10.0, 40.0]),
+            start=rng.choice([PositionKind.TRIM_HORIZON, PositionKind.TRIM_HORIZON, PositionKind.LATEST]),
+            max_concurrency=rng.choice([None, None, 1, 2]),
+        )
+
+
+@dataclass
+class SimShard:
+    id: str
+    parents: tuple[str, ...]
+    low: int
+    high: int
+    records: list[Record] = field(default_factory=list)
+    is_closed: bool = False
+
+
+class World:
+    """Everything outside of the poller, and the ledger."""
+
+    def __init__(self, seed: int, loop: VirtualLoop) -> None:
+        self.rng = random.Random(seed)
+        self.plan = Plan.of(self.rng)
+        self.clock = VirtualClock(loop)
+        self.store = MemoryStore()
+        self.shards: dict[str, SimShard] = {}
+        self.shard_of: dict[str, str] = {}
+        self.key_of: dict[str, str] = {}
+        self.order_of: dict[str, list[int]] = {}  # per key: sequences as produced
+        self.settled: dict[str, float] = {}  # first settlement, by success or discard
+        self.seen: dict[str, float] = {}  # last settlement
+        self.calling: dict[str, str] = {}  # key -> request id
+        self.frozen: set[str] = set()  # settled and safe: may never be delivered again
+        self.invocations = 0
+        self.redelivered = 0
+        self.is_healed = False
+        self.poison: dict[str, int] = {}
+        self.started_at = -inf if self.plan.start is PositionKind.LATEST else 0.0
+        self._next = FIRST_SEQUENCE
+        for n in range(self.plan.shards):
+            width = 1000 // self.plan.shards
+            self._add_shard((), n * width, 1000 if n == self.plan.shards - 1 else (n + 1) * width)
+
+    # --- the stream
+
+    def _add_shard(self, parents: tuple[str, ...], low: int, high: int) -> None:
+        shard = SimShard(f"shardId-{len(self.shards):012d}", parents, low, high)
+        self.shards[shard.id] = shard
+
+    def produce(self) -> None:
+        key = f"key-{self.rng.randrange(self.plan.keys)}"
+        place = lane_of("where-" + key, 1000)
+        shard = next(s for s in self.shards.values() if not s.is_closed and s.low <= place < s.high)
+        self._next += self.rng.randrange(1, 5)
+        sequence = self._next
+        wire = json.dumps({"id": str(sequence), "key": key, "pad": "x" * self.rng.randrange(0, 200)}).encode()
+        shard.records.append(Record(str(sequence), key, self.clock.now(), wire))
+        self.shard_of[str(sequence)] = shard.id
+        self.key_of[str(sequence)] = key
+        self.order_of.setdefault(key, []).append(sequence)
+        if self.rng.random() < self.plan.poison_rate:
+            self.poison[str(sequence)] = self.rng.choice([1, 3, 1000])
+
+    def split(self) -> None:
+        candidates = [s for s in self.shards.values() if not s.is_closed and s.high - s.low >= 2]
+        if not candidates or len(self.shards) > 12:
+            return
+        shard = self.rng.choice(candidates)
+        shard.is_closed = True
+        middle = (shard.low + shard.high) // 2
+        self._add_shard((shard.id,), shard.low, middle)
+        self._add_shard((shard.id,), middle, shard.high)
+
+    def merge(self) -> None:
+        open_shards = sorted((s for s in self.shards.values() if not s.is_closed), key=lambda s: s.low)
+        if len(open_shards) < 2 or len(self.shards) > 12:
+            return
+        at = self.rng.randrange(len(open_shards) - 1)
+        left, right = open_shards[at : at + 2]
+        left.is_closed = right.is_closed = True
+        self._add_shard((left.id, right.id), left.low, right.high)
+
+    # --- the ledger
+
+    def begin_call(self, call: Invocation, records: list[dict[str, str]]) -> None:
+        self.invocations += 1
+        for record in records:
+            key, name = record["key"], record["id"]
+            if name in self.frozen:
+                raise Violation(f"{name} was settled and saved, and is delivered again at {self.clock.now()}")
+            if name in self.settled:
+                self.redelivered += 1
+            if self.calling.setdefault(key, call.request_id) != call.request_id:
+                raise Violation(f"two invocations hold {key} at {self.clock.now()}")
+            shard = self.shards[self.shard_of[name]]
+            for parent in shard.parents:
+                open_ones = [r.id for r in self.shards[parent].records if r.id not in self.settled and self.is_ours(r)]
+                if open_ones:
+                    raise Violation(f"{name} of {shard.id} before {open_ones} of its parent {parent}")
+
+    def end_call(self, call: Invocation) -> None:
+        for key in [key for key, holder in self.calling.items() if holder == call.request_id]:
+            del self.calling[key]
+
+    def settle(self, name: str) -> None:
+        self.seen[name] = self.clock.now()
+        if name in self.settled:
+            return
+        key, sequence = self.key_of[name], int(name)
+        earlier = [
+            s for s in self.order_of[key] if s < sequence and str(s) not in self.settled and self.is_ours_id(str(s))
+        ]
+        if earlier:
+            raise Violation(f"{name} of {key} settled before {earlier}")
+        self.settled[name] = self.clock.now()
+
+    def is_ours(self, record: Record) -> bool:
+        """LATEST: what arrived before the mapping knew the stream need not be delivered."""
+        return record.arrival >= self.started_at
+
+    def is_ours_id(self, name: str) -> bool:
+        return any(r.id == name and self.is_ours(r) for r in self.shards[self.shard_of[name]].records)
+
+    def check_checkpoint(self, shard: str, checkpoint: Checkpoint) -> None:
+        """Nothing below a saved position, or a lane's floor, is unsettled."""
+        position = checkpoint.position
+        for record in self.shards[shard].records:
+            sequence = int(record.id)
+            match position.kind:
+                case PositionKind.AT:
+                    below = sequence < int(position.value)
+                case PositionKind.AFTER:
+                    below = sequence <= int(position.value)
+                case PositionKind.END:
+                    below = True
+                case _:
+                    below = False
+            below = below or any(sequence < floor[lane_of(record.key, len(floor))] for floor in checkpoint.resume)
+            if below and record.id not in self.settled and self.is_ours(record):
+                raise Violation(f"{shard}: {checkpoint} passes {record.id}, which is not settled")
+
+    def pending(self) -> list[str]:
+        return [
+            r.id for s in self.shards.values() for r in s.records if self.is_ours(r) and r.id not in self.settled
+        ]
+
+
+class Node:
+    """One life of a daemon. After `kill` nothing that it does reaches the world."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.is_dead = False
+        self.supervisor: Supervisor | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    async def live(self) -> None:
+        """A dead node hangs at its next contact with the world, until it is cancelled."""
+        if self.is_dead:
+            await asyncio.Event().wait()
+
+    def fails(self, rate: float) -> bool:
+        return not self.world.is_healed and self.world.rng.random() < rate
+
+    def start(self, tasks: asyncio.TaskGroup) -> None:
+        world = self.world
+        store = NodeStore(self)
+        trouble = Backoff(0.5, 5.0, world.rng.random)
+        checkpointer = Checkpointer(store, world.clock, CHECKPOINT_INTERVAL, trouble)
+        context = Context(
+            clock=world.clock,
+            random=world.rng,
+            store=store,
+            checkpointer=checkpointer,
+            budget=ByteBudget(world.rng.choice([10_000, 10_000_000])),
+            backoff=Backoff(0.2, 5.0, world.rng.random),
+            trouble=trouble,
+            owner=self.name,
+        )
+        self.supervisor = Supervisor(context, NodePlumbing(self))
+        self.supervisor.want(Wanted(mapping_of(world.plan)))
+        self.task = tasks.create_task(self._run(self.supervisor, checkpointer))
+
+    async def _run(self, supervisor: Supervisor, checkpointer: Checkpointer) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            saver = tasks.create_task(checkpointer.run())
+            await supervisor.run()
+            saver.cancel()
+
+    async def kill(self) -> None:
+        self.is_dead = True
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.wait([self.task])
+        self.world.calling.clear()
+
+    async def stop(self, grace: float) -> bool:
+        """True: clean."""
+        assert self.supervisor is not None and self.task is not None
+        started = self.world.clock.now()
+        self.supervisor.stop(grace)
+        await asyncio.wait([self.task])
+        self.task.result()
+        is_clean = not self.world.calling and self.world.clock.now() - started < grace
+        self.is_dead = True
+        self.world.calling.clear()
+        return is_clean
+
+
+def mapping_of(plan: Plan) -> Mapping:
+    return Mapping(
+        id="m-1",
+        source=SourceSpec(SourceKind.KINESIS, "arn:aws:kinesis:eu-west-1:1:stream/s", "eu-west-1", "1", "s"),
+        function=FunctionSpec("f", "arn:aws:lambda:eu-west-1:1:function:f", "arn:aws:iam::1:role/f"),
+        batch=BatchPolicy(plan.size, plan.window, plan.factor, max_bytes=3000, buffer_records=max(40, 2 * plan.size)),
+        retry=RetryPolicy(plan.attempts, plan.max_age, plan.report_failures),
+        start=Position(plan.start),
+    )
+
+
+class NodePlumbing:
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    async def connect(self, wanted: Wanted, result: LastResult) -> Pipe:
+        async def open_stream() -> "NodeSource":
+            return NodeSource(self.node)
+
+        return Pipe(
+            mapping=wanted.mapping,
+            result=result,
+            target=NodeTarget(self.node),
+            gate=Gate(self.node.world.plan.max_concurrency),
+            observer=SimObserver(self.node),
+            traits=StreamTraits(fetch_limit=50, tip_interval=1.0, has_timestamps=True),
+            open_stream=open_stream,
+            open_queue=None,
+        )
+
+    async def disconnect(self, pipe: Pipe) -> None:
+        pass
+
+
+class SimObserver(NullObserver):
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def lost(self, shard: str, events: int) -> None:
+        raise Violation(f"records of {shard} reported lost, none was trimmed")
+
+
+class NodeSource:
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    async def _call(self) -> None:
+        await self.node.live()
+        await asyncio.sleep(self.node.world.rng.uniform(0.001, 0.05))
+        await self.node.live()
+        if self.node.fails(self.node.world.plan.fault_rate):
+            raise self.node.world.rng.choice([SourceThrottled("slow down", 0.3), SourceUnavailable("503")])
+
+    async def shards(self) -> Listing:
+        await self._call()
+        shards = [Shard(s.id, s.parents, s.is_closed) for s in self.node.world.shards.values()]
+        self.node.world.rng.shuffle(shards)
+        return Listing(tuple(shards), self.node.world.clock.now())
+
+    async def retention(self) -> float:
+        await self._call()
+        return 86400.0
+
+    async def iterator(self, shard: str, at: Position) -> str:
+        await self._call()
+        records = self.node.world.shards[shard].records
+        match at.kind:
+            case PositionKind.TRIM_HORIZON:
+                index = 0
+            case PositionKind.LATEST:
+                # As late as the moment that was pinned: a real LATEST iterator may be younger by the time of the call.
+                index = next((i for i, r in enumerate(records) if self.node.world.is_ours(r)), len(records))
+            case PositionKind.AT_TIMESTAMP:
+                index = next((i for i, r in enumerate(records) if r.arrival >= float(at.value)), len(records))
+            case PositionKind.AT:
+                index = next(i for i, r in enumerate(records) if r.id == at.value)
+            case PositionKind.AFTER:
+                index = next((i for i, r in enumerate(records) if int(r.id) > int(at.value)), len(records))
+            case _:
+                raise AssertionError(at)
+        return f"{index}@{self.node.world.clock.now()}"
+
+    async def fetch(self, shard: str, iterator: str, limit: int) -> Fetch:
+        await self._call()
+        world = self.node.world
+        index, issued = iterator.split("@")
+        if world.clock.now() - float(issued) > 300 or self.node.fails(world.plan.fault_rate / 3):
+            raise IteratorExpired("too old")
+        sim = world.shards[shard]
+        start = int(index)
+        # Sometimes an empty page although there is more, as AWS does.
+        end = start if self.node.fails(0.05) else min(len(sim.records), start + min(limit, world.rng.choice([3, 50])))
+        records = tuple(sim.records[start:end])
+        is_end = sim.is_closed and end == len(sim.records)
+        lag = 0.0 if end == len(sim.records) else max(0.001, world.clock.now() - sim.records[end].arrival)
+        return Fetch(
+            records,
+            records[-1].id if records else "",
+            None if is_end else f"{end}@{world.clock.now()}",
+            lag,
+            sum(len(r.wire) for r in records),
+            len(records),
+        )
+
+    async def close(self) -> None:
+        pass
+
+
+class NodeTarget:
+    capacity = None
+    timeout = 30.0
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    async def invoke(self, call: Invocation) -> Reply:
+        await self.node.live()
+        world = self.node.world
+        records = json.loads(call.payload)["Records"]
+        if not records:
+            raise Violation("an invocation without records")
+        assert 0 < len(records) <= world.plan.size
+        assert len(call.payload) <= 3000 or len(records) == 1
+        world.begin_call(call, records)
+        await asyncio.sleep(0.01 if world.is_healed else world.rng.choice([0.0, 0.01, 0.3, 2.0]))
+        await self.node.live()
+        reply = self._answer(records)
+        world.end_call(call)
+        return reply
+
+    def _answer(self, records: list[dict[str, str]]) -> Reply:
+        world = self.node.world
+        if self.node.fails(world.plan.fault_rate):
+            kind = world.rng.choice([ReplyStatus.THROTTLED, ReplyStatus.UNREACHABLE, ReplyStatus.TIMEOUT])
+            return Reply(kind, error=kind.value)
+        bad = next((i for i, r in enumerate(records) if self._is_poison(r["id"])), None)
+        if bad is None:
+            good, reply = records, Reply(ReplyStatus.OK, b"null")
+        elif world.plan.report_failures:
+            name = records[bad]["id"]
+            body = json.dumps({"batchItemFailures": [{"itemIdentifier": name}]}).encode()
+            good, reply = records[:bad], Reply(ReplyStatus.OK, body)
+        else:
+            good, reply = [], Reply(ReplyStatus.FUNCTION_ERROR, error="poison")
+        for record in good:
+            world.settle(record["id"])
+        return reply
+
+    def _is_poison(self, name: str) -> bool:
+        world = self.node.world
+        left = world.poison.get(name, 0)
+        if left <= 0 or world.is_healed:
+            return False
+        world.poison[name] = left - 1
+        return True
+
+    async def check(self) -> str | None:
+        return None
+
+    async def close(self) -> None:
+        pass
+
+
+class NodeStore:
+    """The shared store as one node reaches it: late, sometimes not at all, and never after its death."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.inner = node.world.store
+
+    async def _before(self) -> None:
+        await self.node.live()
+        await asyncio.sleep(self.node.world.rng.uniform(0.0, 0.02))
+        await self.node.live()
+        if self.node.fails(self.node.world.plan.store_faults):
+            raise StoreUnavailable("the store is away")
+
+    async def _after(self) -> None:
+        await asyncio.sleep(self.node.world.rng.uniform(0.0, 0.02))
+        await self.node.live()
+        if self.node.fails(self.node.world.plan.store_faults / 2):
+            raise StoreUnavailable("written, but the answer was lost")
+
+    async def create(self, mapping: str, rows: list[Row]) -> None:
+        await self._before()
+        await self.inner.create(mapping, rows)
+        world = self.node.world
+        latest = [float(row.checkpoint.position.value) for row in rows if row.checkpoint.position.kind is PositionKind.LATEST]
+        if world.started_at == -inf and latest:
+            world.started_at = latest[0]  # pinned: whatever arrives from that moment on is ours
+        await self._after()
+
+    async def load(self, mapping: str) -> dict[str, Row]:
+        await self._before()
+        return await self.inner.load(mapping)
+
+    async def acquire(self, mapping: str, row: Row, owner: str) -> Lease | None:
+        await self._before()
+        lease = await self.inner.acquire(mapping, row, owner)
+        await self._after()
+        return lease
+
+    async def save(self, changes: list[tuple[Lease, Checkpoint]]) -> list[Lease]:
+        await self._before()
+        for lease, checkpoint in changes:
+            self.node.world.check_checkpoint(lease.shard, checkpoint)
+        lost = await self.inner.save(changes)
+        await self._after()
+        return lost
+
+    async def release(self, lease: Lease, checkpoint: Checkpoint | None) -> bool:
+        await self._before()
+        if checkpoint is not None:
+            self.node.world.check_checkpoint(lease.shard, checkpoint)
+        done = await self.inner.release(lease, checkpoint)
+        await self._after()
+        return done
+
+    async def forget(self, mapping: str, shards: list[str] | None = None) -> None:
+        await self._before()
+        await self.inner.forget(mapping, shards)
