@@ -24,6 +24,11 @@ class SystemClock:
         return at - self._offset
 
 
+def wall_clock() -> float:
+    """Epoch seconds of the wall clock, which may step: for comparing with what a person wrote, never for durations."""
+    return time.time()
+
+
 def system_random() -> random.Random:
     """The source of jitter and request ids."""
     return random.Random()

@@ -40,6 +40,8 @@ class SigV4Auth:
     region: str | None = None
 
 
+_SHORTEST_SECRET_HEADER = 8
+
 Auth: TypeAlias = BearerAuth | BasicAuth | SigV4Auth
 
 
@@ -148,3 +150,21 @@ class Settings:
     shutdown_grace: float = 25.0
     warnings: tuple[str, ...] = ()
     """What is legal but looks wrong, each `FILE:LINE: place: sentence`, for the log and `validate`."""
+
+    def secrets(self) -> frozenset[str]:
+        """Every value that must not be shown: tokens, passwords and header values of functions and server.
+
+        Header values of less than 8 characters are no secrets: masked, they would black out half of every log line.
+        """
+        found = {auth.token for auth in self.server.auth}
+        for function in self.functions.values():
+            if isinstance(function, HttpFunction):
+                found.update(value for _, value in function.headers if len(value) >= _SHORTEST_SECRET_HEADER)
+                match function.auth:
+                    case BearerAuth(token=token):
+                        found.add(token)
+                    case BasicAuth(password=password):
+                        found.add(password)
+                    case _:
+                        pass
+        return frozenset(found)

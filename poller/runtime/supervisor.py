@@ -62,6 +62,7 @@ class _Kept:
         self.result = LastResult()
         self.runner: Runner | None = None
         self.changed = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
 
 
 class Supervisor:
@@ -80,7 +81,7 @@ class Supervisor:
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             for kept in self._kept.values():
-                tasks.create_task(self._keep(kept))
+                kept.task = tasks.create_task(self._keep(kept))
             await self._stop.wait()
 
     def stop(self, grace: float) -> None:
@@ -101,7 +102,7 @@ class Supervisor:
         if kept is None:
             kept = self._kept[wanted.mapping.id] = _Kept(wanted)
             if self._tasks is not None:
-                self._tasks.create_task(self._keep(kept))
+                kept.task = self._tasks.create_task(self._keep(kept))
             return
         if kept.wanted == wanted:
             return
@@ -208,6 +209,12 @@ class Supervisor:
             retention=runner.retention if runner else None,
             shards=runner.shards() if runner else (),
         )
+
+    def dead(self) -> Sequence[MappingId]:
+        """Mappings that are there but whose keeper is not; never any, unless we have a bug."""
+        if self._grace is not None:
+            return []
+        return [kept.mapping.id for kept in self._kept.values() if kept.task is not None and kept.task.done()]
 
     def unready(self) -> Sequence[str]:
         """Enabled mappings whose source has not answered since they started."""

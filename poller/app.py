@@ -1,0 +1,265 @@
+"""The composition root: settings -> store, clients, targets, runners, server; signals; start and stop in order.
+
+Stopping: not ready -> mappings (shards, then leases) -> checkpointer -> server -> targets -> clients -> store.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import structlog
+
+from poller import __version__
+from poller.aws.session import AwsClients
+from poller.clock import SystemClock, system_random
+from poller.config import load
+from poller.control import ControlPlane
+from poller.core.model import Mapping, SourceKind
+from poller.core.retry import Backoff
+from poller.errors import ConfigError, PollerError
+from poller.mappings import build, parse_source, resolve_function
+from poller.ports import Clock, QueueSource, StreamSource, Target
+from poller.runtime.checkpointer import Checkpointer
+from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM, Context, LastResult, Pipe
+from poller.runtime.gate import ByteBudget, Gate
+from poller.runtime.supervisor import Supervisor, Wanted
+from poller.server.app import Server
+from poller.settings import FunctionSettings, Settings
+from poller.sources import KINDS, Sources
+from poller.stores.sqlite import SqliteStore
+from poller.targets import open_target
+from poller.telemetry import Metrics, configure_logging
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Shared:
+    """One function's target and slots, shared by its mappings; closed with the last of them."""
+
+    target: Target
+    gate: Gate
+    users: int = 0
+
+
+class Connections:
+    """Implements `Plumbing`: a target is opened once for each function and Region, a source for each start."""
+
+    def __init__(self, clients: AwsClients, clock: Clock, metrics: Metrics) -> None:
+        self._clients = clients
+        self._clock = clock
+        self._metrics = metrics
+        self._sources = Sources(clients, clock)
+        self._functions: dict[tuple[FunctionSettings, str], _Shared] = {}
+
+    async def connect(self, wanted: Wanted, result: LastResult) -> Pipe:
+        """The pipe of a mapping. ConfigError when its target's files (CA, certificate) cannot be read."""
+        mapping, settings = wanted.mapping, wanted.revision
+        assert isinstance(settings, FunctionSettings)
+        key = (settings, mapping.source.region)
+        shared = self._functions.get(key)
+        if shared is None:
+            target = open_target(settings, mapping.source.region, self._clients, self._clock)
+            limits = [limit for limit in (settings.max_concurrency, target.capacity) if limit is not None]
+            shared = self._functions[key] = _Shared(target, Gate(min(limits, default=None)))
+        shared.users += 1
+
+        async def open_stream() -> StreamSource:
+            return await self._sources.open_stream(mapping)
+
+        async def open_queue() -> QueueSource:
+            return await self._sources.open_queue(mapping)
+
+        return Pipe(
+            mapping=mapping,
+            result=result,
+            target=shared.target,
+            gate=shared.gate,
+            observer=self._metrics.observer(mapping),
+            traits=KINDS[mapping.source.kind].traits,
+            open_stream=open_stream,
+            open_queue=open_queue,
+        )
+
+    async def disconnect(self, pipe: Pipe) -> None:
+        """Close the target with its last mapping."""
+        for key, shared in list(self._functions.items()):
+            if shared.target is pipe.target:
+                shared.users -= 1
+                if shared.users == 0:
+                    del self._functions[key]
+                    await shared.target.close()
+
+    async def close(self) -> None:
+        """Close what is left, after a stop that was cut short."""
+        for shared in self._functions.values():
+            await shared.target.close()
+        self._functions.clear()
+
+
+class Daemon:
+    """`poller run`: everything that lives as long as the process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stop = asyncio.Event()
+        self._reload = asyncio.Event()
+        self._main: asyncio.Task[None] | None = None
+        self.port = 0
+
+    def stop(self) -> None:
+        """Stop in order; asked a second time, at once."""
+        if self._stop.is_set() and self._main is not None:
+            _log.warning("stop_forced", meaning="what was in flight is cut off and will be delivered again")
+            self._main.cancel()
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Until `stop`. PollerError when it cannot start; CancelledError after a second stop."""
+        self._main = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        async with AsyncExitStack() as stack:
+            await self._run(stack, SystemClock(loop))
+
+    async def _run(self, stack: AsyncExitStack, clock: Clock) -> None:
+        settings = self._settings
+        rng = system_random()
+        metrics = Metrics(clock, lambda: supervisor.status())  # noqa: PLW0108  # made below: it needs the store
+        store = await SqliteStore.open(settings.store.path, metrics.store_observer())
+        stack.push_async_callback(store.close)
+        clients = await stack.enter_async_context(AwsClients(settings.aws))
+        connections = Connections(clients, clock, metrics)
+        stack.push_async_callback(connections.close)
+        trouble = Backoff(TROUBLE_INITIAL, TROUBLE_MAXIMUM, rng.random)
+        checkpointer = Checkpointer(store, clock, settings.checkpoint_interval, trouble)
+        context = Context(
+            clock=clock,
+            random=rng,
+            store=store,
+            checkpointer=checkpointer,
+            budget=ByteBudget(settings.limits.buffer_bytes),
+            backoff=Backoff(settings.retry.initial_backoff, settings.retry.maximum_backoff, rng.random),
+            trouble=trouble,
+            owner=f"{socket.gethostname()}/{os.getpid()}/{rng.getrandbits(32):08x}",
+        )
+        supervisor = Supervisor(context, connections)
+        control = ControlPlane(store, supervisor)
+        server = Server(settings.server, control, metrics, clock, rng)
+        await control.load(settings)
+        stack.push_async_callback(server.stop)
+        self.port = await server.start()
+        _log.info(
+            "started", version=__version__, config=settings.path, mappings=len(supervisor.status()), port=self.port
+        )
+        async with asyncio.TaskGroup() as tasks:
+            saver = tasks.create_task(checkpointer.run())
+            reloader = tasks.create_task(self._follow(control, metrics))
+            work = tasks.create_task(supervisor.run())
+            await self._stop.wait()
+            _log.info("stopping", grace=settings.shutdown_grace)
+            control.stopping()
+            supervisor.stop(settings.shutdown_grace)
+            await work
+            saver.cancel()
+            reloader.cancel()
+        _log.info("stopped")
+
+    async def _follow(self, control: ControlPlane, metrics: Metrics) -> None:
+        """Read the config file again at each SIGHUP; a bad one is refused and the old one goes on."""
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            try:
+                settings = await asyncio.to_thread(load, self._settings.path)
+            except ConfigError as error:
+                metrics.config_reloaded(success=False)
+                _log.error("config_refused", config=self._settings.path, mistakes=list(error.mistakes))
+                continue
+            metrics.config_reloaded(success=True)
+            kept = [name for name in _FIXED if getattr(settings, name) != getattr(self._settings, name)]
+            if kept:
+                _log.warning("restart_needed", keys=kept, meaning="these keys are read at the start only")
+            configure_logging(settings.log, settings.secrets())
+            for warning in settings.warnings:
+                _log.warning("config_warning", warning=warning)
+            self._settings = settings
+            control.apply(settings)
+            _log.info("config_reloaded", config=settings.path, mappings=len(settings.mappings))
+
+
+_FIXED = ("aws", "store", "server", "retry", "limits", "checkpoint_interval", "shutdown_grace")
+
+
+async def check_connections(settings: Settings) -> list[str]:
+    """What `validate --connect` finds: a sentence for each source, target and store that cannot be reached."""
+    clock = SystemClock(asyncio.get_running_loop())
+    found: list[str] = []
+    async with AwsClients(settings.aws) as clients:
+        sources = Sources(clients, clock)
+        metrics = Metrics(clock, list)
+        try:
+            store = await SqliteStore.open(settings.store.path, metrics.store_observer())
+            await store.close()
+        except PollerError as error:
+            found.append(f"store: {error}")
+        checked: set[tuple[FunctionSettings, str]] = set()
+        for item in settings.mappings:
+            source = parse_source(item.document["EventSourceArn"])
+            spec, function = resolve_function(item.document["FunctionName"], settings.functions, source)
+            mapping = build(item.uuid, item.document, spec, settings.path)
+            place = f"{settings.path}:{item.line}"
+            try:
+                await _reach(sources, mapping)
+            except PollerError as error:
+                found.append(f"{place}: EventSourceArn: {error}")
+            if (function, source.region) in checked:
+                continue
+            checked.add((function, source.region))
+            try:
+                target = open_target(function, source.region, clients, clock)
+            except PollerError as error:
+                found.append(f"{place}: FunctionName {spec.name}: {error}")
+                continue
+            try:
+                reason = await target.check()
+            finally:
+                await target.close()
+            if reason is not None:
+                found.append(f"{place}: FunctionName {spec.name}: {reason}")
+    return found
+
+
+async def _reach(sources: Sources, mapping: Mapping) -> None:
+    if mapping.source.kind is SourceKind.SQS:
+        queue = await sources.open_queue(mapping)
+        try:
+            await queue.visibility_timeout()
+        finally:
+            await queue.close()
+        return
+    stream = await sources.open_stream(mapping)
+    try:
+        await stream.shards()
+    finally:
+        await stream.close()
+
+
+def run(settings: Settings) -> int:
+    """Run the daemon; the exit code of `poller run`."""
+    configure_logging(settings.log, settings.secrets())
+    for warning in settings.warnings:
+        _log.warning("config_warning", warning=warning)
+    try:
+        asyncio.run(Daemon(settings).run())
+    except asyncio.CancelledError:
+        return 1
+    except PollerError as error:
+        _log.critical("not_started", error=str(error))
+        return 1
+    return 0

@@ -1,0 +1,475 @@
+"""Logs and metrics: the structlog set-up, and the only place that knows metric names.
+
+Metrics live in a registry of their own. Labels of a mapping are resolved once, when its observer is made: `labels()`
+costs ten times what `inc()` does. What only an instant makes true (ages, shard states) is computed at scrape.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import platform
+import re
+import sys
+from collections import Counter as Tally
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO, TypeAlias, TypeVar
+from urllib.parse import quote
+
+import prometheus_client
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest as render_text
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+from structlog.tracebacks import ExceptionDictTransformer
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from poller import __version__
+from poller.core.model import Mapping, MappingId, MappingStatus, ShardId, ShardState, ShardStatus, SourceKind
+from poller.ports import Clock, MappingObserver, StoreObserver
+from poller.settings import LogSettings
+
+MASK = "***"
+
+# --- logs ---------------------------------------------------------------------------------------------------------
+
+_USERINFO = r"(?<=://)[^/\s@]+(?=@)"
+_SECRETIVE = ("botocore", "aiobotocore")  # their debug records carry signed headers and credentials
+
+
+def configure_logging(settings: LogSettings, secrets: Collection[str] = (), stream: TextIO | None = None) -> None:
+    """Send every log of the process, libraries' and Python warnings included, to `stream` (default: stderr).
+
+    One JSON object a line, or the console form on a terminal. `secrets` are masked wherever they stand in a value.
+    A stream that is gone or full loses lines and disturbs nobody. May be called again, for new settings.
+    """
+    out = stream or sys.stderr
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    console = settings.format == "console" or (settings.format is None and out.isatty())
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _to_milliseconds,
+    ]
+    mask = _Masker(secrets)
+    if console:
+        # The traceback becomes text before the mask, not after it in the renderer.
+        plain = structlog.dev.ConsoleRenderer(
+            colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback, sort_keys=False
+        )
+        shared += [structlog.processors.format_exc_info, mask, plain]
+    else:
+        # Frames without their locals: those hold payloads and secrets.
+        exceptions = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
+        shared += [exceptions, mask, _to_json]
+    structlog.configure(
+        processors=shared,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=_Lossy(out)),  # type: ignore[arg-type]
+        cache_logger_on_first_use=False,  # a reload may change the level
+    )
+    logging.basicConfig(level=level, handlers=[_LibraryHandler()], force=True)
+    logging.captureWarnings(True)
+    for name in _SECRETIVE:
+        logging.getLogger(name).setLevel(max(logging.INFO, level))
+
+
+class _Lossy:
+    """A text stream whose failures are nobody's business: a closed pipe must not fail the code that logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):  # gone, full, closed
+            return
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+
+class _LibraryHandler(logging.Handler):
+    """Turns the records of libraries into the event `library_log`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError, LookupError):  # arguments that do not fit the text: the library's bug
+            message = str(record.msg)
+        level = max((n for n in (10, 20, 30, 40, 50) if n <= record.levelno), default=logging.DEBUG)
+        fields: dict[str, Any] = {"logger": record.name, "message": message}
+        if record.exc_info:
+            fields["exc_info"] = record.exc_info
+        structlog.get_logger().log(level, "library_log", **fields)
+
+
+class _Masker:
+    """The last defence: masks secrets in every value of an event, and makes the values plain JSON on the way."""
+
+    def __init__(self, secrets: Collection[str]) -> None:
+        # As it is, and as it looks inside a URL, a JSON text or a repr. The longest first, else a prefix wins.
+        forms = {f for s in secrets if s for f in (s, quote(s, safe=""), json.dumps(s)[1:-1], repr(s)[1:-1])}
+        self._secret = re.compile("|".join([*map(re.escape, sorted(forms, key=len, reverse=True)), _USERINFO]))
+
+    def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        return {
+            key: value if key in ("timestamp", "level") else self._plain(value)
+            for key, value in event.items()
+        }  # fmt: skip
+
+    def _plain(self, value: object) -> Any:
+        match value:
+            case str():
+                return self._secret.sub(MASK, value)
+            case None | bool() | int():
+                return value
+            case float():
+                return value if math.isfinite(value) else str(value)  # JSON has no infinity
+            case dict():
+                return {str(key): self._plain(item) for key, item in value.items()}
+            case list() | tuple() | set() | frozenset():
+                return [self._plain(item) for item in value]
+            case BaseException():
+                return self._secret.sub(MASK, f"{type(value).__name__}: {value}")
+            case _:
+                return self._secret.sub(MASK, repr(value))
+
+
+def _to_milliseconds(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event["timestamp"] = f"{event['timestamp'][:23]}Z"  # of 2026-01-31T12:00:00.123456Z
+    return event
+
+
+def _to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    head = {key: event.pop(key) for key in ("timestamp", "level", "event")}
+    return json.dumps({**head, **event})
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+Labels: TypeAlias = tuple[str, str, str]
+_Family = TypeVar("_Family", Counter, Gauge, Histogram)
+_LABELS = ("mapping", "function", "source")
+_OUTCOMES = ("success", "error", "throttle", "timeout", "partial", "unreachable")
+_READS = {  # operation -> outcomes that show as 0 from the start; others appear once they happen
+    SourceKind.KINESIS: ("GetRecords", ("success", "throttled", "expired", "error")),
+    SourceKind.DYNAMODB: ("GetRecords", ("success", "throttled", "expired", "error")),
+    SourceKind.SQS: ("ReceiveMessage", ("success", "throttled", "error")),
+}
+_STORE_OPERATIONS = (
+    "create", "load", "acquire", "save", "release", "forget", "put_document", "delete_document", "documents",
+)  # fmt: skip
+_INVOCATION_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
+_BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+_SAVE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_WORKED = frozenset({ShardState.STARTING, ShardState.RUNNING, ShardState.ENDING, ShardState.DRAINING})
+
+
+@dataclass(frozen=True, slots=True)
+class ShardAges:
+    """What a shard's instants mean now, in seconds; None where it cannot be known.
+
+    `iterator_age`: 0 at the tip. `headroom`: 0 when the oldest pending record may be gone already. `blocked`: 0 when
+    no batch is failing.
+    """
+
+    iterator_age: float | None
+    lag: float | None
+    headroom: float | None
+    blocked: float
+
+
+def shard_ages(shard: ShardStatus, retention: float | None, now: float) -> ShardAges:
+    """The ages of one shard. One that is not being read has no iterator age: that it is not behind is not known."""
+    reading = shard.state in _WORKED and shard.state is not ShardState.STARTING
+    age: float | None = 0.0 if reading else None
+    if shard.batch_arrival is not None:
+        age = max(0.0, now - shard.batch_arrival)
+    headroom = retention if reading else None
+    if retention is not None and shard.oldest_arrival is not None:
+        headroom = max(0.0, retention - (now - shard.oldest_arrival))
+    blocked = 0.0 if shard.blocked_since is None else max(0.0, now - shard.blocked_since)
+    return ShardAges(age, shard.lag, headroom, blocked)
+
+
+class Metrics:
+    """Every metric of the process. Belongs to the event loop's thread."""
+
+    def __init__(self, clock: Clock, status: Callable[[], Sequence[MappingStatus]]) -> None:
+        """`status` is asked at each scrape, never before."""
+        # Doubles the series for an instant that nobody queries. Process-wide: the library has no other switch.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        registry = self._registry = CollectorRegistry()
+        self._families = _MappingFamilies(registry)
+        self._observers: dict[MappingId, _MappingSeries] = {}
+        self._store_requests = Counter(
+            "poller_store_requests_total", "Requests to the store.", ("operation", "outcome"), registry=registry
+        )
+        self._reloads = Counter(
+            "poller_config_reloads_total", "Reloads of the config file.", ("outcome",), registry=registry
+        )
+        for outcome in ("success", "error"):
+            self._reloads.labels(outcome)
+        self._reload_success = Gauge(
+            "poller_config_last_reload_success", "1 if the config file last read is the one in use.", registry=registry
+        )
+        self._reload_success.set(1)
+        self._auth_failures = Counter(
+            "poller_auth_failures_total", "Requests refused for want of valid credentials.", registry=registry
+        )
+        build = Gauge("poller_build_info", "Always 1.", ("version", "python"), registry=registry)
+        build.labels(__version__, platform.python_version()).set(1)
+        ProcessCollector(registry=registry)
+        self._clock = clock
+        self._status = status
+
+    def observer(self, mapping: Mapping) -> MappingObserver:
+        """The observer of a mapping; the same one, still counting, until the mapping's labels change."""
+        labels = (mapping.id, mapping.function.name, str(mapping.source.kind))
+        known = self._observers.get(mapping.id)
+        if known is not None and known.names == labels:
+            return known
+        self.forget(mapping.id)
+        made = self._observers[mapping.id] = _MappingSeries(self._families, labels)
+        return made
+
+    def forget(self, mapping: MappingId) -> None:
+        """Drop the series of a deleted mapping. Its observer may still be called and counts nothing."""
+        known = self._observers.pop(mapping, None)
+        if known is not None:
+            known.close()
+
+    def store_observer(self) -> StoreObserver:
+        """The observer of the store."""
+        return _StoreSeries(self._store_requests)
+
+    def config_reloaded(self, success: bool) -> None:
+        """The config file was read again; False: it was refused and the old one goes on."""
+        self._reloads.labels("success" if success else "error").inc()
+        self._reload_success.set(success)
+
+    def auth_failed(self) -> None:
+        """A request was refused for want of valid credentials."""
+        self._auth_failures.inc()
+
+    async def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """All metrics and their content type: OpenMetrics where `accept` prefers it, else the Prometheus text.
+
+        The status is read here; its text is made in a thread, because a thousand shards are 40 ms of it.
+        """
+        losses = {series.names: dict(series.losses) for series in self._observers.values()}
+        scrape = _Scrape(self._registry, tuple(self._status()), losses, self._clock.now())
+        if _prefers_openmetrics(accept):
+            return await asyncio.to_thread(openmetrics.generate_latest, scrape), openmetrics.CONTENT_TYPE_LATEST
+        return await asyncio.to_thread(render_text, scrape), "text/plain; version=0.0.4; charset=utf-8"
+
+
+def _prefers_openmetrics(accept: str) -> bool:
+    """Whether `application/openmetrics-text` stands in the header with the highest quality of what we can send."""
+    quality = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for item in accept.lower().split(","):
+        kind, *parameters = (part.strip() for part in item.split(";"))
+        if kind in quality:
+            asked = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+            try:
+                quality[kind] = max(quality[kind], float(asked))
+            except ValueError:
+                continue
+    return quality["application/openmetrics-text"] > 0 and (
+        quality["application/openmetrics-text"] >= quality["text/plain"]
+    )
+
+
+class _MappingFamilies:
+    """The metrics that every mapping has."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(name, text, (*_LABELS, *more), registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, _LABELS, buckets=buckets, registry=registry)
+
+        self.polled = counter("poller_polled_events_total", "Events read from the source.")
+        self.filtered = counter("poller_filtered_out_events_total", "Events that no filter matched.")
+        self.invoked = counter("poller_invoked_events_total", "Events sent to the function, again for each retry.")
+        self.failed = counter("poller_failed_invoke_events_total", "Events of invocations that did not succeed.")
+        self.dropped = counter("poller_dropped_events_total", "Events given up that no failure destination has.")
+        self.deleted = counter("poller_deleted_events_total", "Messages deleted from the queue.")
+        self.invocations = counter("poller_invocations_total", "Invocations by outcome.", "outcome")
+        self.duration = histogram("poller_invocation_duration_seconds", "Time of an invocation.", _INVOCATION_SECONDS)
+        self.concurrent = Gauge(
+            "poller_concurrent_invocations", "Invocations in flight.", _LABELS, registry=registry
+        )  # fmt: skip
+        self.batch = histogram("poller_batch_size_events", "Events of an invocation.", _BATCH_EVENTS)
+        self.polls = counter("poller_poll_requests_total", "Read calls to AWS.", "operation", "outcome")
+        self.checkpoints = counter("poller_checkpoints_total", "Positions saved.")
+        self.save = histogram("poller_checkpoint_duration_seconds", "Time of a save of positions.", _SAVE_SECONDS)
+
+
+class _MappingSeries:
+    """One mapping's children of the families; a MappingObserver. `losses` are records lost, by shard."""
+
+    def __init__(self, families: _MappingFamilies, names: Labels) -> None:
+        self.names = names
+        self.losses: Tally[ShardId] = Tally()
+        self._families = families
+        self._closed = False
+        self._made: list[tuple[Counter | Gauge | Histogram, tuple[str, ...]]] = []
+        self._polled = self._child(families.polled)
+        self._filtered = self._child(families.filtered)
+        self._invoked = self._child(families.invoked)
+        self._failed = self._child(families.failed)
+        self._dropped = self._child(families.dropped)
+        self._deleted = self._child(families.deleted)
+        self._duration = self._child(families.duration)
+        self._concurrent = self._child(families.concurrent)
+        self._batch = self._child(families.batch)
+        self._checkpoints = self._child(families.checkpoints)
+        self._save = self._child(families.save)
+        operation, outcomes = _READS[SourceKind(names[2])]
+        self._polls = {(operation, outcome): self._child(families.polls, operation, outcome) for outcome in outcomes}
+        self._invocations = {outcome: self._child(families.invocations, outcome) for outcome in _OUTCOMES}
+
+    def _child(self, family: _Family, *more: str) -> _Family:
+        if self._closed:  # a late call must not bring a deleted mapping back
+            return type(family)("unused", "", registry=None)
+        names = (*self.names, *more)
+        self._made.append((family, names))
+        return family.labels(*names)
+
+    def close(self) -> None:
+        """Take the series out of the exposition; what is still counted goes nowhere."""
+        self._closed = True
+        for family, names in self._made:
+            family.remove(*names)
+
+    def polled(self, operation: str, outcome: str, events: int) -> None:
+        child = self._polls.get((operation, outcome))
+        if child is None:
+            child = self._polls[operation, outcome] = self._child(self._families.polls, operation, outcome)
+        child.inc()
+        _add(self._polled, events)
+
+    def filtered(self, events: int) -> None:
+        _add(self._filtered, events)
+
+    def invoking(self, change: int) -> None:
+        self._concurrent.inc(change)
+
+    def invoked(self, outcome: str, events: int, seconds: float) -> None:
+        child = self._invocations.get(outcome)
+        if child is None:
+            child = self._invocations[outcome] = self._child(self._families.invocations, outcome)
+        child.inc()
+        _add(self._invoked, events)
+        if outcome != "success":
+            _add(self._failed, events)
+        self._duration.observe(seconds)
+        self._batch.observe(events)
+
+    def dropped(self, events: int) -> None:
+        _add(self._dropped, events)
+
+    def deleted(self, events: int) -> None:
+        _add(self._deleted, events)
+
+    def lost(self, shard: ShardId, events: int) -> None:
+        self.losses[shard] += max(0, events)
+
+    def saved(self, positions: int, seconds: float) -> None:
+        _add(self._checkpoints, positions)
+        self._save.observe(seconds)
+
+
+class _StoreSeries:
+    """A StoreObserver."""
+
+    def __init__(self, requests: Counter) -> None:
+        self._requests = requests
+        self._children = {
+            (operation, outcome): requests.labels(operation, outcome)
+            for operation in _STORE_OPERATIONS
+            for outcome in ("success", "error")
+        }
+
+    def requested(self, operation: str, outcome: str) -> None:
+        child = self._children.get((operation, outcome))
+        if child is None:
+            child = self._children[operation, outcome] = self._requests.labels(operation, outcome)
+        child.inc()
+
+
+def _add(counter: Counter, events: int) -> None:
+    """Count without ever raising: a counter refuses to go down. Nothing to count is the usual case."""
+    if events > 0:
+        counter.inc(events)
+
+
+class _Scrape(Collector):
+    """The registry, and what is true at the moment of a scrape: ages, states, the records lost by shard."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        status: tuple[MappingStatus, ...],
+        losses: dict[Labels, dict[ShardId, int]],
+        now: float,
+    ) -> None:
+        self._registry = registry
+        self._status = status
+        self._losses = losses
+        self._now = now
+
+    def collect(self) -> Iterator[Metric]:
+        def gauge(name: str, text: str, *more: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(name, text, labels=(*_LABELS, *more))
+
+        age = gauge(
+            "poller_iterator_age_seconds", "Age of the last record of the batch in work; 0 at the tip.", "shard"
+        )
+        behind = gauge("poller_behind_latest_seconds", "How far reading is behind the tip.", "shard")
+        headroom = gauge(
+            "poller_retention_headroom_seconds", "Until the oldest record not yet done leaves the stream.", "shard"
+        )
+        blocked = gauge("poller_blocked_seconds", "How long the oldest failing batch has been blocking.", "shard")
+        states = gauge("poller_shards", "Shards by state.", "state")
+        circuit = gauge("poller_circuit_open", "1 while receiving is paused because the target fails.")
+        lost = CounterMetricFamily(
+            "poller_records_lost_total",
+            "Records that left retention before they were done.",
+            labels=(*_LABELS, "shard"),
+        )
+        for mapping in self._status:
+            names: Labels = (mapping.id, mapping.function, str(mapping.source))
+            circuit.add_metric(names, mapping.breaker != "closed")
+            if not mapping.source.is_stream:
+                continue
+            counts = Tally(shard.state for shard in mapping.shards)
+            for state in ShardState:
+                states.add_metric((*names, state), counts[state])
+            losses = self._losses.setdefault(names, {})
+            for shard in mapping.shards:
+                if shard.state not in _WORKED:
+                    continue
+                shard_names = (*names, shard.id)
+                losses.setdefault(shard.id, 0)
+                ages = shard_ages(shard, mapping.retention, self._now)
+                blocked.add_metric(shard_names, ages.blocked)
+                for family, value in ((age, ages.iterator_age), (behind, ages.lag), (headroom, ages.headroom)):
+                    if value is not None:
+                        family.add_metric(shard_names, value)
+        for names, by_shard in self._losses.items():
+            for shard_id, count in by_shard.items():
+                lost.add_metric((*names, shard_id), count)
+        yield from self._registry.collect()
+        yield from (age, behind, headroom, blocked, states, circuit, lost)
