@@ -86,7 +86,11 @@ def run_seed(seed: int) -> World:
             loop.run_until_complete(run_world(world))
             left = asyncio.all_tasks(loop)
             assert not left, f"tasks left over: {left}"
-            bad = [entry for entry in logs if entry["event"] in NEVER - ({"release_failed"} if world.plan.store_faults else set())]
+            bad = [
+                entry
+                for entry in logs
+                if entry["event"] in NEVER - ({"release_failed"} if world.plan.store_faults else set())
+            ]
             for entry in bad:
                 raise AssertionError(f"{entry}") from entry.get("exc_info")
         except BaseException as error:

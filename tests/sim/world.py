@@ -228,9 +228,7 @@ class World:
                 raise Violation(f"{shard}: {checkpoint} passes {record.id}, which is not settled")
 
     def pending(self) -> list[str]:
-        return [
-            r.id for s in self.shards.values() for r in s.records if self.is_ours(r) and r.id not in self.settled
-        ]
+        return [r.id for s in self.shards.values() for r in s.records if self.is_ours(r) and r.id not in self.settled]
 
 
 class Node:
@@ -483,7 +481,9 @@ class NodeStore:
         await self._before()
         await self.inner.create(mapping, rows)
         world = self.node.world
-        latest = [float(row.checkpoint.position.value) for row in rows if row.checkpoint.position.kind is PositionKind.LATEST]
+        latest = [
+            float(row.checkpoint.position.value) for row in rows if row.checkpoint.position.kind is PositionKind.LATEST
+        ]
         if world.started_at == -inf and latest:
             world.started_at = latest[0]  # pinned: whatever arrives from that moment on is ours
         await self._after()

@@ -1,0 +1,454 @@
+"""The rules of `CheckpointStore`, run against every implementation. Another one joins by a line in STORES."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from poller.core.model import END, TRIM_HORIZON, Checkpoint, Lease, Position, PositionKind, Row
+from poller.ports import CheckpointStore
+from poller.stores.memory import MemoryStore
+from poller.stores.sqlite import SqliteStore
+
+Open = Callable[[], Awaitable[CheckpointStore]]
+
+
+class Ignored:
+    """A StoreObserver that keeps nothing."""
+
+    def requested(self, operation: str, outcome: str) -> None:
+        pass
+
+
+def memory(_: Path) -> Open:
+    store = MemoryStore()
+
+    async def open_again() -> CheckpointStore:
+        return store
+
+    return open_again
+
+
+def sqlite(directory: Path) -> Open:
+    async def open_again() -> CheckpointStore:
+        return await SqliteStore.open(str(directory / "poller.db"), Ignored())
+
+    return open_again
+
+
+STORES = {"memory": memory, "sqlite": sqlite}
+
+
+@pytest.fixture(params=STORES)
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """Opens a store on the same data each time."""
+    return STORES[request.param](tmp_path)
+
+
+@pytest.fixture
+async def store(open_store: Open) -> AsyncIterator[CheckpointStore]:
+    opened = await open_store()
+    yield opened
+    async with asyncio.timeout(10):
+        await opened.close()
+
+
+M = "0a3c4e6f-0000-4000-8000-00000000000a"
+OTHER = "0a3c4e6f-0000-4000-8000-00000000000b"
+SEQUENCE = "49590338271490256608559692538361571095921575989136588898"  # 56 digits
+HUGE = int(SEQUENCE)
+NO_ROW = cast("Row", None)  # a request that no store can carry out
+
+
+def after(value: int | str) -> Checkpoint:
+    return Checkpoint(Position(PositionKind.AFTER, str(value)))
+
+
+def row(shard: str = "s1", **fields: Any) -> Row:
+    return Row(shard, **{"checkpoint": Checkpoint(TRIM_HORIZON), **fields})
+
+
+async def leased(store: CheckpointStore, *shards: str, owner: str = "me") -> list[Lease]:
+    await store.create(M, [row(shard) for shard in shards])
+    rows = await store.load(M)
+    leases = [await store.acquire(M, rows[shard], owner) for shard in shards]
+    assert all(leases)
+    return [lease for lease in leases if lease]
+
+
+async def test_a_store_is_empty_at_first(store: CheckpointStore) -> None:
+    """A mapping that was never stored has no rows, and there are no documents."""
+    assert await store.load(M) == {}
+    assert await store.documents("") == {}
+
+
+async def test_create_puts_a_row_with_all_it_has(store: CheckpointStore) -> None:
+    """Every field of a row comes back equal."""
+    rows = [
+        row("s1"),
+        row("s2", checkpoint=Checkpoint(Position(PositionKind.AT, SEQUENCE), ((1, HUGE),)), parents=("s1", "s0")),
+        row("s3", owner="somebody", token=7, parents=("s2",)),
+    ]
+    await store.create(M, rows)
+    assert await store.load(M) == {each.shard: each for each in rows}
+
+
+async def test_create_leaves_rows_that_exist(store: CheckpointStore) -> None:
+    """Create puts what is absent only: a second daemon must not turn positions back."""
+    (lease,) = await leased(store, "s1")
+    await store.save([(lease, after(5))])
+    await store.create(M, [row("s1", parents=("x",)), row("s2")])
+    rows = await store.load(M)
+    assert rows["s1"] == row("s1", checkpoint=after(5), owner="me", token=1)
+    assert rows["s2"] == row("s2")
+
+
+async def test_create_of_nothing_is_fine(store: CheckpointStore) -> None:
+    """No rows, no change."""
+    await store.create(M, [])
+    assert await store.load(M) == {}
+
+
+async def test_create_is_all_or_none(store: CheckpointStore) -> None:
+    """When one row cannot be kept none is: the start positions of a mapping belong together."""
+    with pytest.raises(AttributeError):
+        await store.create(M, [row("s1"), NO_ROW])
+    assert await store.load(M) == {}
+
+
+async def test_the_first_of_two_rows_of_a_shard_counts(store: CheckpointStore) -> None:
+    """The second finds the row there."""
+    await store.create(M, [row("s1", token=1), row("s1", token=2)])
+    assert (await store.load(M))["s1"].token == 1
+
+
+async def test_load_is_by_shard_id(store: CheckpointStore) -> None:
+    """The order of rows is the same in every store and run."""
+    await store.create(M, [row(shard) for shard in ("shardId-2", "é", "shardId-10", "\U0001f600", "\uffee", "Z", "a")])
+    expected = ["Z", "a", "shardId-10", "shardId-2", "é", "\uffee", "\U0001f600"]
+    assert list(await store.load(M)) == expected
+
+
+async def test_mappings_are_apart(store: CheckpointStore) -> None:
+    """The same shard id in two mappings is two rows."""
+    (mine,) = await leased(store, "s1")
+    await store.create(OTHER, [row("s1")])
+    await store.save([(mine, after(1))])
+    assert (await store.load(OTHER)) == {"s1": row("s1")}
+    await store.forget(OTHER)
+    assert (await store.load(M))["s1"].checkpoint == after(1)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        TRIM_HORIZON,
+        END,
+        Position(PositionKind.LATEST),
+        Position(PositionKind.LATEST, "1767225600.125"),
+        Position(PositionKind.AT_TIMESTAMP, "1767225600"),
+        Position(PositionKind.AT, SEQUENCE),
+        Position(PositionKind.AFTER, "000000000000000000001"),
+    ],
+)
+async def test_every_position_comes_back(store: CheckpointStore, position: Position) -> None:
+    """Each kind, its value kept as text: leading zeros and 56 digits stay."""
+    await store.create(M, [row("created", checkpoint=Checkpoint(position))])
+    (lease,) = await leased(store, "s1")
+    await store.save([(lease, Checkpoint(position))])
+    rows = await store.load(M)
+    assert rows["created"].checkpoint.position == rows["s1"].checkpoint.position == position
+
+
+@pytest.mark.parametrize(
+    "resume",
+    [(), ((HUGE,),), ((0,), (1, 2, 3), (HUGE, HUGE + 1)), tuple((n, HUGE * n) for n in range(40))],
+)
+async def test_resume_vectors_come_back(store: CheckpointStore, resume: tuple[tuple[int, ...], ...]) -> None:
+    """Numbers of any size, exactly, in their order; and a later checkpoint without them clears them."""
+    (lease,) = await leased(store, "s1")
+    await store.save([(lease, Checkpoint(END, resume))])
+    assert (await store.load(M))["s1"].checkpoint == Checkpoint(END, resume)
+    await store.save([(lease, Checkpoint(END))])
+    assert (await store.load(M))["s1"].checkpoint == Checkpoint(END)
+
+
+async def test_ids_of_any_script(store: CheckpointStore) -> None:
+    """Ids are text: quotes, wildcards and emoji mean nothing."""
+    name = "o'Hara \"%_\\ ключ 鍵 \U0001f511; DROP TABLE shards --"
+    await store.create(name, [row(name, parents=(name, "p"))])
+    rows = await store.load(name)
+    lease = await store.acquire(name, rows[name], name)
+    assert lease == Lease(name, name, name, 1)
+    assert list(await store.save([(lease, after(1))])) == []
+    assert await store.load(name) == {name: row(name, checkpoint=after(1), parents=(name, "p"), owner=name, token=1)}
+
+
+async def test_acquire_takes_the_lease(store: CheckpointStore) -> None:
+    """The winner gets the next token, and the row says so; checkpoint and parents stay."""
+    await store.create(M, [row("s1", checkpoint=after(3), parents=("p",), token=4)])
+    lease = await store.acquire(M, (await store.load(M))["s1"], "me")
+    assert lease == Lease(M, "s1", "me", 5)
+    assert (await store.load(M))["s1"] == row("s1", checkpoint=after(3), parents=("p",), owner="me", token=5)
+
+
+async def test_two_acquirers_one_wins(store: CheckpointStore) -> None:
+    """Of many who saw the same row exactly one gets the lease."""
+    await store.create(M, [row("s1")])
+    seen = (await store.load(M))["s1"]
+    leases = await asyncio.gather(*(store.acquire(M, seen, f"node-{n}") for n in range(10)))
+    (winner,) = [lease for lease in leases if lease]
+    stored = (await store.load(M))["s1"]
+    assert (stored.owner, stored.token) == (winner.owner, winner.token) == (winner.owner, 1)
+
+
+@pytest.mark.parametrize("seen", [{"owner": None, "token": 1}, {"owner": "a", "token": 0}, {"owner": "b", "token": 1}])
+async def test_acquire_compares_owner_and_token(store: CheckpointStore, seen: dict[str, Any]) -> None:
+    """A row whose owner or token has changed since is not taken."""
+    await leased(store, "s1", owner="a")
+    assert await store.acquire(M, row("s1", **seen), "me") is None
+    stored = (await store.load(M))["s1"]
+    assert (stored.owner, stored.token) == ("a", 1)
+
+
+async def test_acquire_of_no_row(store: CheckpointStore) -> None:
+    """A row that is gone cannot be taken, and none is made."""
+    assert await store.acquire(M, row("s1"), "me") is None
+    assert await store.load(M) == {}
+
+
+async def test_taking_over_raises_the_token_and_fences_the_old_owner(store: CheckpointStore) -> None:
+    """Every change of owner counts the token up; the old lease writes nothing any more, its own name included."""
+    (old,) = await leased(store, "s1")
+    new = await store.acquire(M, (await store.load(M))["s1"], "me")
+    assert new == Lease(M, "s1", "me", 2)
+    assert list(await store.save([(old, after(9))])) == [old]
+    assert await store.release(old, after(9)) is False
+    assert (await store.load(M))["s1"] == row("s1", owner="me", token=2)
+
+
+async def test_save_writes_positions_and_nothing_else(store: CheckpointStore) -> None:
+    """Owner, token and parents stay."""
+    await store.create(M, [row("s1", parents=("p", "q"))])
+    (lease,) = await leased(store, "s1")
+    assert list(await store.save([(lease, after(1))])) == []
+    assert (await store.load(M))["s1"] == row("s1", checkpoint=after(1), parents=("p", "q"), owner="me", token=1)
+
+
+async def test_save_of_nothing(store: CheckpointStore) -> None:
+    """No changes, no stale leases."""
+    assert list(await store.save([])) == []
+
+
+async def test_save_of_a_thousand(store: CheckpointStore) -> None:
+    """A daemon's whole set of shards goes in one call."""
+    leases = await leased(store, *(f"s{n:04}" for n in range(1000)))
+    assert list(await store.save([(lease, after(n)) for n, lease in enumerate(leases)])) == []
+    rows = await store.load(M)
+    assert [rows[lease.shard].checkpoint for lease in leases] == [after(n) for n in range(1000)]
+
+
+async def test_stale_leases_are_answered_and_the_others_written(store: CheckpointStore) -> None:
+    """One lost lease does not cost the positions of the shards that are still ours."""
+    first, lost, gone, last = await leased(store, "s1", "s2", "s3", "s4")
+    taken = await store.acquire(M, (await store.load(M))["s2"], "thief")
+    await store.forget(M, ["s3"])
+    never = Lease(M, "s9", "me", 1)
+    changes = [(lease, after(7)) for lease in (first, lost, gone, never, last)]
+    assert list(await store.save(changes)) == [lost, gone, never]
+    rows = await store.load(M)
+    assert taken is not None
+    assert {shard: each.checkpoint for shard, each in rows.items()} == {
+        "s1": after(7),
+        "s2": Checkpoint(TRIM_HORIZON),
+        "s4": after(7),
+    }
+
+
+async def test_the_last_of_two_changes_of_a_shard_counts(store: CheckpointStore) -> None:
+    """Changes are written in their order."""
+    (lease,) = await leased(store, "s1")
+    assert list(await store.save([(lease, after(1)), (lease, after(2))])) == []
+    assert (await store.load(M))["s1"].checkpoint == after(2)
+
+
+async def test_save_takes_what_the_list_held_when_it_was_called(store: CheckpointStore) -> None:
+    """The caller may use its list for the next round while the store still writes."""
+    (lease,) = await leased(store, "s1")
+    changes = [(lease, after(1))]
+    saving = asyncio.create_task(store.save(changes))
+    await asyncio.sleep(0)
+    changes.clear()
+    assert list(await saving) == []
+    assert (await store.load(M))["s1"].checkpoint == after(1)
+
+
+async def test_release_gives_the_lease_up_with_the_last_checkpoint(store: CheckpointStore) -> None:
+    """Checkpoint and owner change together; the token stays, so the next owner's is higher."""
+    (lease,) = await leased(store, "s1")
+    assert await store.release(lease, Checkpoint(Position(PositionKind.AT, SEQUENCE), ((HUGE,),))) is True
+    stored = (await store.load(M))["s1"]
+    assert stored == row("s1", checkpoint=Checkpoint(Position(PositionKind.AT, SEQUENCE), ((HUGE,),)), token=1)
+    again = await store.acquire(M, stored, "next")
+    assert again == Lease(M, "s1", "next", 2)
+
+
+async def test_release_without_a_checkpoint_keeps_the_stored_one(store: CheckpointStore) -> None:
+    """None means: nothing new was settled."""
+    (lease,) = await leased(store, "s1")
+    await store.save([(lease, Checkpoint(Position(PositionKind.AT, "5"), ((1, 2),)))])
+    assert await store.release(lease, None) is True
+    assert (await store.load(M))["s1"] == row(
+        "s1", checkpoint=Checkpoint(Position(PositionKind.AT, "5"), ((1, 2),)), token=1
+    )
+
+
+async def test_a_released_lease_writes_nothing(store: CheckpointStore) -> None:
+    """Nobody writes a row that nobody owns."""
+    (lease,) = await leased(store, "s1")
+    assert await store.release(lease, after(1)) is True
+    assert list(await store.save([(lease, after(2))])) == [lease]
+    assert await store.release(lease, after(2)) is False
+    assert (await store.load(M))["s1"].checkpoint == after(1)
+
+
+async def test_forget_some_or_all(store: CheckpointStore) -> None:
+    """The named shards go, an empty list names none, None names all; absent ones are fine."""
+    await store.create(M, [row("s1"), row("s2"), row("s3")])
+    await store.create(OTHER, [row("s2")])
+    await store.forget(M, ["s2", "absent"])
+    assert list(await store.load(M)) == ["s1", "s3"]
+    await store.forget(M, [])
+    assert list(await store.load(M)) == ["s1", "s3"]
+    await store.forget(M)
+    assert await store.load(M) == {}
+    assert list(await store.load(OTHER)) == ["s2"]
+
+
+async def test_a_forgotten_lease_does_not_come_back(store: CheckpointStore) -> None:
+    """A save that comes after its mapping was deleted makes no row."""
+    (lease,) = await leased(store, "s1")
+    await store.forget(M)
+    assert list(await store.save([(lease, after(1))])) == [lease]
+    assert await store.release(lease, after(1)) is False
+    assert await store.load(M) == {}
+
+
+async def test_documents_are_put_replaced_and_deleted(store: CheckpointStore) -> None:
+    """A document is JSON, kept as it was when it was put."""
+    document = {"UUID": "a", "n": HUGE, "text": 'é "\U0001f600', "deep": [{"x": None, "y": [True, 1.5]}]}
+    await store.put_document("mapping/a", document)
+    document["UUID"] = "changed later"
+    assert (await store.documents("mapping/"))["mapping/a"]["UUID"] == "a"
+    await store.put_document("mapping/a", {"UUID": "b"})
+    assert await store.documents("mapping/") == {"mapping/a": {"UUID": "b"}}
+    await store.delete_document("mapping/a")
+    await store.delete_document("mapping/a")
+    assert await store.documents("") == {}
+
+
+async def test_a_document_read_is_the_readers_own(store: CheckpointStore) -> None:
+    """Changing what was read changes nothing in the store."""
+    await store.put_document("k", {"list": [1]})
+    (await store.documents("k"))["k"]["list"].append(2)
+    assert await store.documents("k") == {"k": {"list": [1]}}
+
+
+@pytest.mark.parametrize("document", [{"x": float("nan")}, {"x": {1, 2}}])
+async def test_what_is_not_json_is_no_document(store: CheckpointStore, document: dict[str, Any]) -> None:
+    """It is refused when it is put, not found out when it is read."""
+    with pytest.raises((TypeError, ValueError)):
+        await store.put_document("k", document)
+    assert await store.documents("") == {}
+
+
+async def test_a_prefix_is_text(store: CheckpointStore) -> None:
+    """% and _ are no wildcards, case counts, keys come sorted, the empty prefix is all."""
+    keys = ["A%B", "A%b", "A_b", "Axb", "a%b", "b", "é", "\U0001f600", "mapping/", "mapping/1", "mapping0"]
+    for key in keys:
+        await store.put_document(key, {"key": key})
+    for prefix in ["", "A", "A%", "A_", "a", "mapping/", "%", "_", "é", "\U0001f600", "zzz"]:
+        expected = {key: {"key": key} for key in sorted(keys) if key.startswith(prefix)}
+        found = await store.documents(prefix)
+        assert found == expected
+        assert list(found) == list(expected)
+
+
+async def test_what_was_stored_is_there_after_a_restart(open_store: Open) -> None:
+    """Close and open: rows, leases and documents are the same."""
+    store = await open_store()
+    first, _ = await leased(store, "s1", "s2")
+    await store.save([(first, Checkpoint(Position(PositionKind.AT, SEQUENCE), ((HUGE,),)))])
+    await store.put_document("mapping/x", {"a": 1})
+    rows = await store.load(M)
+    await store.close()
+    store = await open_store()
+    assert await store.load(M) == rows
+    assert await store.documents("mapping/") == {"mapping/x": {"a": 1}}
+    assert list(await store.save([(first, after(HUGE + 1))])) == []
+    await store.close()
+
+
+async def test_close_finishes_what_was_asked(open_store: Open) -> None:
+    """A position that was handed over before close is not lost; closing again is fine."""
+    store = await open_store()
+    leases = await leased(store, *(f"s{n:02}" for n in range(20)))
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        saves = [group.create_task(store.save([(lease, after(1))])) for lease in leases]
+        await asyncio.sleep(0)  # each has been called
+        await store.close()
+    assert [list(save.result()) for save in saves] == [[]] * 20
+    await store.close()
+    store = await open_store()
+    assert {each.checkpoint for each in (await store.load(M)).values()} == {after(1)}
+    await store.close()
+
+
+async def test_a_hundred_callers_all_get_their_answers(store: CheckpointStore) -> None:
+    """No call hangs and none gets another's answer, however many wait at once (performance.md 5: a lost wake-up)."""
+    leases = await leased(store, *(f"s{n:03}" for n in range(100)))
+
+    async def work(lease: Lease) -> None:
+        for n in range(20):
+            if n % 7 == 3:  # some are stale: only they may learn so
+                stale = Lease(lease.mapping, lease.shard, "stranger", lease.token)
+                assert list(await store.save([(stale, after(999))])) == [stale]
+            assert list(await store.save([(lease, after(n))])) == []
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        for lease in leases:
+            group.create_task(work(lease))
+    assert {each.checkpoint for each in (await store.load(M)).values()} == {after(19)}
+
+
+async def test_a_cancelled_caller_disturbs_nobody(store: CheckpointStore) -> None:
+    """What the others asked for is done and answered; what the cancelled one handed over may be done too."""
+    leases = await leased(store, *(f"s{n:02}" for n in range(20)))
+    tasks = [asyncio.create_task(store.save([(lease, after(1))])) for lease in leases]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [list(result) for result in results[1::2] if not isinstance(result, BaseException)] == [[]] * 10
+    rows = await store.load(M)
+    assert {rows[lease.shard].checkpoint for lease in leases[1::2]} == {after(1)}
+    assert list(await store.save([(leases[0], after(2))])) == []
+
+
+async def test_one_bad_request_fails_alone(store: CheckpointStore) -> None:
+    """A request that cannot be kept is its caller's error; those beside it are kept."""
+    leases = await leased(store, *(f"s{n:02}" for n in range(10)))
+    async with asyncio.timeout(10):
+        results = await asyncio.gather(
+            *(store.save([(lease, after(1))]) for lease in leases[:5]),
+            store.create(OTHER, [row("good"), NO_ROW]),
+            *(store.save([(lease, after(1))]) for lease in leases[5:]),
+            return_exceptions=True,
+        )
+    assert isinstance(results.pop(5), AttributeError)
+    assert [list(result) for result in results if not isinstance(result, BaseException)] == [[]] * 10
+    assert {each.checkpoint for each in (await store.load(M)).values()} == {after(1)}
+    assert await store.load(OTHER) == {}
