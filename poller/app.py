@@ -19,7 +19,7 @@ from poller.config import load
 from poller.control import ControlPlane
 from poller.core.model import Mapping, SourceKind
 from poller.core.retry import Backoff
-from poller.errors import ConfigError, PollerError
+from poller.errors import ConfigError, PollerError, StoreInUse
 from poller.mappings import build, parse_source, resolve_function
 from poller.ports import Clock, QueueSource, StreamSource, Target
 from poller.runtime.checkpointer import Checkpointer
@@ -206,6 +206,8 @@ async def check_connections(settings: Settings) -> list[str]:
         try:
             store = await SqliteStore.open(settings.store.path, metrics.store_observer())
             await store.close()
+        except StoreInUse:
+            pass  # by a running daemon, which is well
         except PollerError as error:
             found.append(f"store: {error}")
         checked: set[tuple[FunctionSettings, str]] = set()

@@ -1,0 +1,521 @@
+"""Positions, leases and API-made mappings in one SQLite file.
+
+How a request goes:
+
+    caller (event loop)           writer (one thread)
+    future, put in the queue ---> takes all that is queued: BEGIN, a savepoint per request, COMMIT with fsync
+                             <--- one callback for the whole group, after the commit: futures are resolved
+
+While a commit runs the next requests gather, so the cost of a commit (an fsync) is shared by all who wait for it.
+
+The file must be on a local file system: SQLite's write-ahead log needs memory shared between processes, and over NFS
+neither its locks nor ours (flock) can be trusted. Never give it two names by hard links.
+"""
+
+import asyncio
+import errno
+import fcntl
+import json
+import os
+import shlex
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
+
+from poller.core.model import Checkpoint, Lease, MappingId, Position, PositionKind, Row, ShardId
+from poller.errors import PollerError, StoreIncompatible, StoreInUse, StoreUnavailable
+from poller.ports import StoreObserver
+
+APPLICATION_ID = 0x45534D50  # "ESMP": `file` and we tell our files from other SQLite databases
+BUSY_TIMEOUT = 5.0  # seconds that a commit waits for a lock that another program holds, such as the sqlite3 shell
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """
+        CREATE TABLE shards (
+            mapping TEXT NOT NULL,
+            shard TEXT NOT NULL,
+            position_kind TEXT NOT NULL,
+            position_value TEXT NOT NULL,
+            resume TEXT NOT NULL,       -- JSON: vectors of integers too big for SQLite's
+            owner TEXT,                 -- NULL: nobody holds the lease
+            token INTEGER NOT NULL,
+            parents TEXT NOT NULL,      -- JSON
+            updated_at TEXT NOT NULL,   -- UTC
+            PRIMARY KEY (mapping, shard)
+        ) WITHOUT ROWID
+        """,
+        "CREATE TABLE documents (key TEXT PRIMARY KEY, document TEXT NOT NULL, updated_at TEXT NOT NULL) WITHOUT ROWID",
+    ),
+)
+"""Statement lists: the one at index N brings a store from version N to N + 1. A shipped one never changes."""
+
+_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
+
+
+class SqliteStore:
+    """`CheckpointStore` in a SQLite file. Made by `open`; used from one event loop; `close` when done.
+
+    What a method has returned from survives `kill -9` and a loss of power (WAL, synchronous=FULL).
+    A caller that is cancelled stops waiting; what it asked for is still done.
+    After StoreUnavailable a change is there whole or not at all; `load` tells. The store works again by itself once
+    the cause is gone, such as a full disk.
+    """
+
+    def __init__(self, file: "_File", observer: StoreObserver, loop: asyncio.AbstractEventLoop) -> None:
+        """Use `open`."""
+        self._file = file
+        self._observer = observer
+        self._loop = loop
+        self._queue: SimpleQueue[_Request | None] = SimpleQueue()  # None: close; always the last
+        self._ended: asyncio.Future[None] | None = None  # set by the first `close`
+        # A daemon thread: a process that dies of an error must not wait for a store that nobody closes.
+        self._thread = threading.Thread(target=self._write, name="sqlite-store", daemon=True)
+
+    @classmethod
+    async def open(cls, path: str, observer: StoreObserver, *, exclusive: bool = True) -> Self:
+        """The store in this file, made or brought to our version if need be.
+
+        `exclusive`: hold a lock beside the file (`PATH-lock`) until `close` or the end of the process, however it
+        ends. Without it nothing is made or changed in version: for a look at the store of a running daemon.
+        StoreInUse: another process holds that lock. StoreIncompatible: not a store that this version reads.
+        StoreUnavailable: the file cannot be reached or written; the text says why.
+        """
+        loop = asyncio.get_running_loop()
+        store = cls(_File(path, exclusive=exclusive), observer, loop)
+        opened: asyncio.Future[None] = loop.create_future()
+        store._queue.put(_Request("open", _nothing, (), opened))
+        store._thread.start()
+        try:
+            await opened
+        except BaseException:
+            # Refused, or cancelled while the thread was at it: either way it lets go of the file.
+            await store.close()
+            raise
+        return store
+
+    async def create(self, mapping: MappingId, rows: Sequence[Row]) -> None:
+        """Put each row that is absent; rows that exist stay as they are. All or none."""
+        await self._ask("create", _create, mapping, tuple(rows))
+
+    async def load(self, mapping: MappingId) -> dict[ShardId, Row]:
+        """Every row of a mapping, by shard id. StoreUnavailable also names a row that was edited into nonsense."""
+        return await self._ask("load", _load, mapping)
+
+    async def acquire(self, mapping: MappingId, row: Row, owner: str) -> Lease | None:
+        """Take the lease if the stored (owner, token) is still the row's; token + 1. None: somebody was faster."""
+        return await self._ask("acquire", _acquire, mapping, row, owner)
+
+    async def save(self, changes: Sequence[tuple[Lease, Checkpoint]]) -> Sequence[Lease]:
+        """Write checkpoints in one commit; answers the leases that are no longer held (not written)."""
+        return await self._ask("save", _save, tuple(changes))
+
+    async def release(self, lease: Lease, checkpoint: Checkpoint | None) -> bool:
+        """Write the last checkpoint, if any, and give the lease up, in one step. False: it was no longer held."""
+        return await self._ask("release", _release, lease, checkpoint)
+
+    async def forget(self, mapping: MappingId, shards: Sequence[ShardId] | None = None) -> None:
+        """Delete the rows of a mapping, or of some of its shards."""
+        await self._ask("forget", _forget, mapping, None if shards is None else tuple(shards))
+
+    async def put_document(self, key: str, document: Mapping[str, Any]) -> None:
+        """Keep a JSON document under a key. TypeError, ValueError: it is not JSON."""
+        await self._ask("put_document", _put_document, key, json.dumps(document, allow_nan=False))
+
+    async def delete_document(self, key: str) -> None:
+        """Forget a document; absent is fine."""
+        await self._ask("delete_document", _delete_document, key)
+
+    async def documents(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """Every document whose key starts with the prefix, by key."""
+        return await self._ask("documents", _documents, prefix)
+
+    async def close(self) -> None:
+        """Finish what was asked, close the file, free the lock. Again is fine. Later requests: StoreUnavailable."""
+        if self._ended is None:
+            self._ended = self._loop.create_future()
+            self._queue.put(None)
+        await asyncio.shield(self._ended)
+        self._thread.join()  # at its last line by now
+
+    async def _ask(self, operation: str, run: Callable[[sqlite3.Connection, *_Ts], _T], *arguments: *_Ts) -> _T:
+        """What `run` answers in the writer, once it is committed."""
+        if self._ended is not None:
+            self._observer.requested(operation, "error")
+            raise StoreUnavailable(f"The store {self._file.path} is closed.")
+        answer: asyncio.Future[_T] = self._loop.create_future()
+        self._queue.put(_Request(operation, run, arguments, answer))
+        return await answer
+
+    def _write(self) -> None:
+        """The writer thread."""
+        last = False
+        while not last:
+            group = [self._queue.get()]
+            with suppress(Empty):
+                while True:
+                    group.append(self._queue.get_nowait())
+            requests = [request for request in group if request is not None]
+            last = len(requests) < len(group)
+            # The list goes along as an argument. A closure over a name of this loop would see the next group's list,
+            # and the callers of this one would wait for ever.
+            if requests:
+                self._call(self._answer, self._file.commit(requests))
+        self._file.close()
+        self._call(self._end)
+
+    def _call(self, function: Callable[[*_Ts], None], *arguments: *_Ts) -> None:
+        """Run it on the event loop, if that still runs: without it nobody waits for an answer."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _answer(self, answers: "Sequence[_Answer]") -> None:
+        for request, result, error in answers:
+            if not request.answer.done():  # else its caller was cancelled
+                if error is None:
+                    request.answer.set_result(result)
+                else:
+                    request.answer.set_exception(error)
+            self._observer.requested(request.operation, "success" if error is None else "error")
+
+    def _end(self) -> None:
+        assert self._ended is not None
+        self._ended.set_result(None)
+
+
+class _Request(NamedTuple):
+    """One call: `run(connection, *arguments)` inside the group's transaction, its result to `answer`."""
+
+    operation: str
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    answer: asyncio.Future[Any]
+
+
+class _Answer(NamedTuple):
+    """What became of a request: its result, or the error to raise where it was asked."""
+
+    request: _Request
+    result: Any
+    error: Exception | None
+
+
+class _File:
+    """The lock and the connection. Used by the writer thread alone, but for `path`."""
+
+    def __init__(self, path: str, *, exclusive: bool) -> None:
+        self.path = path
+        self._exclusive = exclusive
+        self._real = os.path.realpath(path)  # so that every name of the file leads to the same lock
+        self._lock: int | None = None  # file descriptor
+        self._connection: sqlite3.Connection | None = None
+        self._identity = (0, 0)  # device and inode, once it is open: it stays the same file
+        self._opened = False  # once: from then on a missing file is an error and not a fresh start
+
+    def commit(self, requests: Sequence[_Request]) -> list[_Answer]:
+        """Run them in one transaction; the answers stand once this returns.
+
+        A request that fails by itself is undone alone. What fails the transaction (disk, lock) fails them all.
+        """
+        try:
+            connection = self._connected()
+            connection.execute("BEGIN IMMEDIATE")
+            answers = [self._run(connection, request) for request in requests]
+            connection.execute("COMMIT")
+        except (sqlite3.Error, OSError, MemoryError, StoreInUse, StoreIncompatible, StoreUnavailable) as error:
+            # What is left of the transaction ends with its connection; the next group gets a new one.
+            self._disconnect()
+            kind = type(error) if isinstance(error, PollerError) and not self._opened else StoreUnavailable
+            text = self._sentence(error)
+            return [_Answer(request, None, kind(text)) for request in requests]
+        self._opened = True
+        return answers
+
+    def _run(self, connection: sqlite3.Connection, request: _Request) -> _Answer:
+        """One request of a group, undone alone when it fails. What ended the whole transaction is raised."""
+        connection.execute("SAVEPOINT request")
+        try:
+            answer = _Answer(request, request.run(connection, *request.arguments), None)
+        except Exception as error:
+            # Not handled here: raised where it was asked for. A thread that died of it would leave all callers waiting.
+            if not connection.in_transaction:
+                raise  # SQLite has undone the whole group, as it does when a disk is full
+            connection.execute("ROLLBACK TO request")
+            is_ours = isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError
+            answer = _Answer(request, None, StoreUnavailable(self._sentence(error)) if is_ours else error)
+        connection.execute("RELEASE request")
+        return answer
+
+    def close(self) -> None:
+        """Close the file, free the lock."""
+        self._disconnect()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with suppress(sqlite3.Error):  # what was committed is safe in the log; nothing else is left to lose
+                self._connection.close()
+            self._connection = None
+
+    def _sentence(self, error: Exception) -> str:
+        if isinstance(error, PollerError):
+            return str(error)
+        if isinstance(error, OSError):
+            return f"The store {self.path} cannot be opened: {error.strerror}: {error.filename}."
+        name = getattr(error, "sqlite_errorname", type(error).__name__)
+        return f"The store {self.path} failed: {error} ({name})."
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._prepare_path()
+        found = os.stat(self._real)  # noqa: PTH116 - 1 us less per commit than pathlib's
+        if not self._opened:
+            self._identity = (found.st_dev, found.st_ino)
+        elif (found.st_dev, found.st_ino) != self._identity:
+            # SQLite would go on writing to a file that no restart finds again, or play the old log into the new file.
+            raise StoreUnavailable(
+                f"The store {self.path} was replaced while it was in use. Stop the poller before putting another file "
+                f"in its place, and remove {self._real}-wal with the old one."
+            )
+        if self._connection is None:
+            connection = sqlite3.connect(
+                f"{Path(self._real).as_uri()}?mode=rw", uri=True, timeout=BUSY_TIMEOUT, isolation_level=None
+            )
+            try:
+                self._prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _prepare_path(self) -> None:
+        """Lock and make the file. OSError, StoreInUse."""
+        if self._exclusive and not self._opened:
+            if self._lock is None:
+                with suppress(FileExistsError):  # should it be no directory, the next line says so
+                    Path(self._real).parent.mkdir(mode=0o700, parents=True)
+                self._lock = _lock(f"{self._real}-lock", self.path)
+            # Only a file that is absent is opened here: closing one that SQLite has open elsewhere in this process
+            # would drop SQLite's own locks on it (POSIX).
+            with suppress(FileExistsError):
+                os.close(os.open(self._real, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        if Path(self._real).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self._real)
+        if not os.access(self._real, os.R_OK | os.W_OK, effective_ids=True):
+            # SQLite would open it read-only and fail at the first write.
+            code = errno.EACCES if Path(self._real).exists() else errno.ENOENT
+            raise OSError(code, os.strerror(code), self._real)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """See that it is ours, set it up, bring it to our version. StoreIncompatible, sqlite3.Error."""
+        newest = len(MIGRATIONS)
+        try:
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", None) not in {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}:
+                raise
+            raise StoreIncompatible(
+                f"{self.path} is not a SQLite database, or it is damaged. Restore it from a backup, move it away "
+                "to start without positions, or name another file in `store`."
+            ) from error
+        if application != APPLICATION_ID and (application or version or tables):
+            raise StoreIncompatible(
+                f"{self.path} is a SQLite database of another program. Name another file in `store`."
+            )
+        if version > newest:
+            raise StoreIncompatible(
+                f"The store {self.path} has version {version}, this poller reads versions up to {newest}. "
+                f"Run a newer poller, or name another file in `store`."
+            )
+        if version < newest and not self._exclusive:
+            raise StoreIncompatible(
+                f"The store {self.path} has version {version}, this poller needs version {newest}. "
+                f"`poller run` brings it up to date."
+            )
+        connection.execute("PRAGMA synchronous = FULL")  # a commit is an fsync of the log: it survives a loss of power
+        connection.execute("PRAGMA temp_store = MEMORY")  # savepoints need no temporary file
+        mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise StoreUnavailable(
+                f"The store {self.path} is on a file system without shared memory, which SQLite's write-ahead log "
+                "needs. Name a file on a local disk in `store`."
+            )
+        if version < newest:
+            connection.execute("BEGIN IMMEDIATE")
+            for statements in MIGRATIONS[version:]:
+                for statement in statements:
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {newest}")
+            connection.execute("COMMIT")
+
+
+def _lock(lock_path: str, path: str) -> int:
+    """The descriptor that holds the lock; closing it, or the end of the process, frees it. StoreInUse, OSError.
+
+    The file stays when the lock goes: removing it would let two processes lock two files of one name. It says who
+    holds the lock, a line each: process id, host, command.
+    """
+    descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid, host, command = (os.pread(descriptor, 1000, 0).decode(errors="replace") + "\n\n").split("\n")[:3]
+            raise StoreInUse(
+                f"The store {path} is in use by process {pid or 'unknown'} on host {host or 'unknown'} "
+                f"({command or 'command unknown'}). Stop that one first, or name another file in `store`."
+            ) from None
+        except OSError as error:
+            raise OSError(error.errno, f"its file system has no locks: {error.strerror}", lock_path) from error
+        os.ftruncate(descriptor, 0)
+        holder = (str(os.getpid()), os.uname().nodename, shlex.join(sys.argv).replace("\n", " ")[:200])
+        os.pwrite(descriptor, "\n".join((*holder, "")).encode(errors="replace"), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _nothing(_: sqlite3.Connection) -> None:
+    """To open the file is all that is asked."""
+
+
+def _create(connection: sqlite3.Connection, mapping: MappingId, rows: Sequence[Row]) -> None:
+    connection.executemany(
+        """
+        INSERT INTO shards (
+            position_kind, position_value, resume, mapping, shard, owner, token, parents, updated_at
+        ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, CURRENT_TIMESTAMP) ON CONFLICT (mapping, shard) DO NOTHING
+        """,
+        [
+            (*_columns(row.checkpoint), mapping, row.shard, row.owner, row.token, json.dumps(row.parents))
+            for row in rows
+        ],
+    )
+
+
+def _load(connection: sqlite3.Connection, mapping: MappingId) -> dict[ShardId, Row]:
+    found = connection.execute(
+        """
+        SELECT shard, position_kind, position_value, resume, owner, token, parents FROM shards
+        WHERE mapping = ? ORDER BY shard
+        """,
+        (mapping,),
+    )
+    rows = {}
+    for shard, kind, value, resume, owner, token, parents in found:
+        try:
+            vectors = tuple(tuple(int(floor) for floor in vector) for vector in json.loads(resume))
+            checkpoint = Checkpoint(Position(PositionKind(kind), value), vectors)
+            rows[shard] = Row(shard, checkpoint, tuple(json.loads(parents)), owner, token)
+        except (TypeError, ValueError) as error:
+            raise StoreUnavailable(
+                f"The store's row of mapping {mapping}, shard {shard} is damaged: {error}."
+            ) from error
+    return rows
+
+
+def _acquire(connection: sqlite3.Connection, mapping: MappingId, row: Row, owner: str) -> Lease | None:
+    taken = connection.execute(
+        """
+        UPDATE shards SET owner = ?, token = token + 1, updated_at = CURRENT_TIMESTAMP
+        WHERE mapping = ? AND shard = ? AND owner IS ? AND token = ?
+        """,
+        (owner, mapping, row.shard, row.owner, row.token),
+    )
+    return Lease(mapping, row.shard, owner, row.token + 1) if taken.rowcount else None
+
+
+def _save(connection: sqlite3.Connection, changes: Sequence[tuple[Lease, Checkpoint]]) -> Sequence[Lease]:
+    # The owner counts too: release keeps the token, and a released lease may not write.
+    saved = connection.executemany(
+        """
+        UPDATE shards SET position_kind = ?, position_value = ?, resume = ?, updated_at = CURRENT_TIMESTAMP
+        WHERE mapping = ? AND shard = ? AND owner = ? AND token = ?
+        """,
+        [
+            (*_columns(checkpoint), lease.mapping, lease.shard, lease.owner, lease.token)
+            for lease, checkpoint in changes
+        ],
+    )
+    if saved.rowcount == len(changes):
+        return ()
+    return tuple(lease for lease, _ in changes if not _is_held(connection, lease))
+
+
+def _is_held(connection: sqlite3.Connection, lease: Lease) -> bool:
+    found = connection.execute(
+        "SELECT 1 FROM shards WHERE mapping = ? AND shard = ? AND owner = ? AND token = ?",
+        (lease.mapping, lease.shard, lease.owner, lease.token),
+    )
+    return found.fetchone() is not None
+
+
+def _release(connection: sqlite3.Connection, lease: Lease, checkpoint: Checkpoint | None) -> bool:
+    released = connection.execute(
+        """
+        UPDATE shards SET position_kind = COALESCE(?, position_kind), position_value = COALESCE(?, position_value),
+            resume = COALESCE(?, resume), owner = NULL, updated_at = CURRENT_TIMESTAMP
+        WHERE mapping = ? AND shard = ? AND owner = ? AND token = ?
+        """,
+        (
+            *((None, None, None) if checkpoint is None else _columns(checkpoint)),
+            *(lease.mapping, lease.shard, lease.owner, lease.token),
+        ),
+    )
+    return released.rowcount > 0
+
+
+def _forget(connection: sqlite3.Connection, mapping: MappingId, shards: Sequence[ShardId] | None) -> None:
+    if shards is None:
+        connection.execute("DELETE FROM shards WHERE mapping = ?", (mapping,))
+    else:
+        connection.executemany(
+            "DELETE FROM shards WHERE mapping = ? AND shard = ?", [(mapping, shard) for shard in shards]
+        )
+
+
+def _put_document(connection: sqlite3.Connection, key: str, text: str) -> None:
+    connection.execute(
+        """
+        INSERT INTO documents (key, document, updated_at) VALUES (?, ?, CURRENT_TIMESTAMP)
+        ON CONFLICT (key) DO UPDATE SET document = excluded.document, updated_at = excluded.updated_at
+        """,
+        (key, text),
+    )
+
+
+def _delete_document(connection: sqlite3.Connection, key: str) -> None:
+    connection.execute("DELETE FROM documents WHERE key = ?", (key,))
+
+
+def _documents(connection: sqlite3.Connection, prefix: str) -> dict[str, dict[str, Any]]:
+    # SQLite orders text as Python does, so the keys with a prefix are one run that begins at it: no LIKE, whose
+    # wildcards may stand in a key.
+    found = {}
+    for key, text in connection.execute("SELECT key, document FROM documents WHERE key >= ? ORDER BY key", (prefix,)):
+        if not key.startswith(prefix):
+            break
+        try:
+            found[key] = json.loads(text)
+        except ValueError as error:
+            raise StoreUnavailable(f"The store's document {key} is damaged: {error}.") from error
+    return found
+
+
+def _columns(checkpoint: Checkpoint) -> tuple[str, str, str]:
+    """position_kind, position_value and resume."""
+    position = checkpoint.position
+    return position.kind.value, position.value, json.dumps(checkpoint.resume) if checkpoint.resume else "[]"
