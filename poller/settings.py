@@ -59,7 +59,7 @@ class HttpFunction:
     """`functions.NAME` with `url`. `protocol` rie: the Lambda Runtime Interface Emulator's answers."""
 
     name: str
-    url: str
+    url: str = field(repr=False)  # its query may carry a key
     timeout: float = 30.0
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     auth: Auth | None = None

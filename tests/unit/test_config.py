@@ -1,6 +1,7 @@
 """Rules of the config file: what is read, what is filled in, what is refused and with which words."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -30,7 +31,8 @@ KINESIS = "arn:aws:kinesis:eu-west-1:123456789012:stream/orders"
 SQS = "arn:aws:sqs:eu-west-1:123456789012:orders"
 UUID = "6d9bce8e-836b-442c-8070-74e77903c815"
 ORDERS = "functions: {orders: {url: 'http://127.0.0.1:8080/'}}\n"
-EXAMPLES = sorted(Path("config").glob("**/*.yaml"))
+CONFIG = Path(__file__).parents[2] / "config"
+EXAMPLES = sorted(CONFIG.glob("**/*.yaml"))
 
 
 @pytest.fixture
@@ -148,6 +150,11 @@ def test_json_is_yaml(load):
     assert load('{"functions": {"f": {"url": "http://x/"}}, "store": "sqlite:///a.db"}').store.path == "/a.db"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_key(load):
+    """Some editors write one."""
+    assert load(b"\xef\xbb\xbflog: {level: debug}").log.level == "debug"
+
+
 def test_one_auth_entry_needs_no_list(load):
     """server.auth: one or a list."""
     assert load("server: {auth: {type: bearer, token: t}}").server.auth == (BearerAuth("t"),)
@@ -252,6 +259,12 @@ def test_files_that_are_no_text_or_too_large_are_mistakes(mistakes, tmp_path):
     assert "is not UTF-8 text" in mistakes("store: '${file:binary}'")[0]
     assert "is larger than 1048576 bytes" in mistakes("store: '${file:large}'")[0]
     assert "cannot be read" in mistakes('store: "${file:a\\0b}"')[0]
+
+
+def test_a_variable_that_is_no_text_is_a_mistake(mistakes, monkeypatch):
+    """Bytes in the environment cannot become a header or a token."""
+    monkeypatch.setenv("BYTES", os.fsdecode(b"\xff"))
+    assert mistakes("store: '${BYTES:-x}'") == ["1: store: the variable BYTES is not UTF-8 text; set it to text"]
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -438,6 +451,14 @@ def test_the_same_function_by_name_and_by_arn_is_a_duplicate(mistakes):
     item = "  - {{EventSourceArn: '{}', FunctionName: '{}'}}\n"
     text = "event_source_mappings:\n" + item.format(SQS, "a") + item.format(SQS, arn)
     assert "3: event_source_mappings[1]: has the same source and function as the mapping on line 2" in mistakes(text)[0]
+
+
+def test_a_given_uuid_takes_the_place_of_the_derived_one(load):
+    """Two mappings may swap the UUIDs that would be derived, as after a rename that keeps positions."""
+    derived = [derived_uuid(SQS, f"arn:aws:lambda:eu-west-1:123456789012:function:{name}") for name in "ab"]
+    item = "  - {{EventSourceArn: '{}', FunctionName: {}, UUID: {}}}\n"
+    text = "event_source_mappings:\n" + item.format(SQS, "a", derived[1]) + item.format(SQS, "b", derived[0])
+    assert [declared.uuid for declared in load(text).mappings] == derived[::-1]
 
 
 def test_another_qualifier_is_another_function(load):
@@ -766,7 +787,7 @@ def test_resolved_mappings_are_readable_and_without_secrets(load, monkeypatch):
     assert config.resolved(load("log: {level: info}")) == "poller.yaml declares no event source mappings"
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=str)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_loads(path, monkeypatch, tmp_path):
     """config/: no mistake, no warning, and at least one mapping each."""
     secret = tmp_path / "orders"
@@ -783,7 +804,7 @@ def test_every_example_loads(path, monkeypatch, tmp_path):
 
 def test_the_main_example_shows_all_three_sources():
     """config/poller.yaml: three sources, one HTTP target, a local AWS."""
-    loaded = config.load("config/poller.yaml")
+    loaded = config.load(str(CONFIG / "poller.yaml"))
     kinds = [declared.document["EventSourceArn"].split(":")[2] for declared in loaded.mappings]
     assert kinds == ["kinesis", "dynamodb", "sqs"]
     assert loaded.aws.endpoint("sqs") == "http://127.0.0.1:4566"

@@ -14,6 +14,7 @@ from poller.schema import config_schema
 
 SCHEMA = config_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+CONFIG = Path(__file__).parents[2] / "config"
 SQS = "arn:aws:sqs:eu-west-1:123456789012:orders"
 
 
@@ -36,7 +37,7 @@ def test_the_schema_is_a_schema():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
-@pytest.mark.parametrize("path", sorted(Path("config").glob("**/*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(CONFIG.glob("**/*.yaml")), ids=lambda path: path.name)
 def test_every_example_is_valid(path):
     """config/: no error in an editor."""
     assert errors(path.read_text()) == []
