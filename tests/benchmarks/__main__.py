@@ -171,7 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clients = options.clients.split(",")
     if unknown := set(clients) - set(CLIENTS):
         parser.error(f"--clients: no such client: {', '.join(sorted(unknown))}; there are {', '.join(CLIENTS)}")
-    options.rounds = options.rounds or (1 if options.quick else 3)
+    if options.rounds is None:
+        options.rounds = 1 if options.quick else 3
+    if options.rounds < 1:
+        parser.error("--rounds: at least 1")
     parsed = [client for client in clients if client != "bare"]  # a loop that parses nothing cannot rest or be followed
 
     cpus = choose_cpus()
