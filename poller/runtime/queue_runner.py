@@ -24,8 +24,10 @@ _log = structlog.get_logger(__name__)
 
 RECEIVE_LOOPS = 5  # AWS starts with five batches at once
 LONG_POLL = 20.0
-SHARED_LONG_POLL = 1.0  # a loop that waits for messages holds a slot; so short while others want one
-STOP_POLL = 1.0  # how long a stop waits for a receive that may have messages on the way
+# While messages are held in a window, so that a stop need not cut a poll off: SQS would hand the messages that go back
+# to the dead poll. And while others wait for the slot that a poll holds.
+SHORT_POLL = 1.0
+STOP_POLL = 1.5  # how long a stop waits for polls to end by themselves; the idle long ones are then cut off
 VISIBILITY_RESERVE = 30.0  # AWS receives with window + timeout + 30 s when the queue's own timeout is shorter
 _MESSAGES_PER_RECEIVE = 10
 
@@ -60,6 +62,7 @@ class QueueRunner:
         self._visibility: float | None = None  # what receives ask for; None: the queue's own
         self._stopping = Stopping(context.clock, pipe.mapping)
         self._loops: list[_Loop] = []
+        self._wanted = asyncio.Semaphore(0)  # one permit at most: a further loop may poll
 
     @property
     def problem(self) -> str:
@@ -125,7 +128,7 @@ class QueueRunner:
         count = min(RECEIVE_LOOPS, self._mapping.max_concurrency or RECEIVE_LOOPS)
         self._loops = [_Loop() for _ in range(count)]
         for loop in self._loops:
-            loop.task = tasks.create_task(self._run_loop(self._source, loop))
+            loop.task = tasks.create_task(self._run_loop(self._source, loop, is_first=loop is self._loops[0]))
 
     def _plan_visibility(self, timeout: float) -> None:
         needed = self._mapping.batch.window + self._pipe.target.timeout
@@ -144,13 +147,20 @@ class QueueRunner:
 
     # --- one loop: the failure domain
 
-    async def _run_loop(self, source: QueueSource, loop: _Loop) -> None:
+    async def _run_loop(self, source: QueueSource, loop: _Loop, is_first: bool) -> None:
+        """The first loop always polls. Another one is woken when a loop begins to deliver, and rests after an empty
+        receive: so somebody polls at every moment, and an idle queue costs three requests a minute.
+        """
         failures = 0
         while not self._stopping.asked.is_set():
+            if not is_first:
+                await self._wanted.acquire()
             try:
                 async with self._pipe.gate:
                     await self._collect(source, loop)
                     self._set_problem("")
+                    if loop.held and self._wanted.locked():
+                        self._wanted.release()  # somebody else polls while this loop delivers
                     await self._deliver(source, loop)
                 failures = 0
             except PollerError as error:
@@ -173,19 +183,18 @@ class QueueRunner:
         The window starts with the first message; an empty one does not run. A long poll never outlasts it.
         """
         policy = self._mapping.batch
-        wait = SHARED_LONG_POLL if self._pipe.gate.is_contended else LONG_POLL
+        wait = SHORT_POLL if self._pipe.gate.is_contended else LONG_POLL
         await self._receive(source, loop, policy.size, wait)
         if not loop.held or policy.window == 0:
             return
         ends_at = self._clock.now() + policy.window
         nbytes = sum([len(record.wire) for record in loop.held])
         while len(loop.held) < policy.size and nbytes < policy.max_bytes and not self._stopping.asked.is_set():
-            wait = min(LONG_POLL, float(int(ends_at - self._clock.now())))
-            if wait < 1:
+            if ends_at - self._clock.now() < SHORT_POLL:
                 await wait_until(self._stopping.asked, self._clock, ends_at)
                 return
             before = len(loop.held)
-            await self._receive(source, loop, policy.size - before, wait)
+            await self._receive(source, loop, policy.size - before, SHORT_POLL)
             nbytes += sum([len(record.wire) for record in loop.held[before:]])
 
     async def _receive(self, source: QueueSource, loop: _Loop, room: int, wait: float) -> None:

@@ -1,0 +1,50 @@
+"""What can be polled. To add a source, write its module, its line in KINDS and its case in `Sources`."""
+
+from dataclasses import dataclass
+
+from poller.aws.session import AwsClients
+from poller.core.model import Mapping, SourceKind, StreamTraits
+from poller.ports import Clock, QueueSource, StreamSource
+from poller.sources import dynamodb, kinesis, sqs
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Facts of one kind of source. `service`: as botocore spells it. `traits`: None for a queue."""
+
+    service: str
+    traits: StreamTraits | None = None
+
+
+KINDS: dict[SourceKind, Kind] = {
+    SourceKind.KINESIS: Kind("kinesis", kinesis.TRAITS),
+    SourceKind.DYNAMODB: Kind("dynamodbstreams", dynamodb.TRAITS),
+    SourceKind.SQS: Kind("sqs"),
+}
+
+
+class Sources:
+    """Opens the source of a mapping. One for the process: it holds the read limits that mappings share."""
+
+    def __init__(self, clients: AwsClients, clock: Clock) -> None:
+        self._clients = clients
+        self._clock = clock
+        self._limits = kinesis.ReadLimits()
+
+    async def open_stream(self, mapping: Mapping) -> StreamSource:
+        """The stream of a mapping. Nothing is called yet, so it cannot fail for the stream's sake."""
+        match mapping.source.kind:
+            case SourceKind.KINESIS:
+                return kinesis.KinesisSource(
+                    mapping.source, mapping.function.role, self._clients, self._clock, self._limits
+                )
+            case SourceKind.DYNAMODB:
+                return dynamodb.DynamoSource(mapping.source, self._clients, self._clock)
+            case SourceKind.SQS:
+                raise ValueError(f"{mapping.source.arn} is a queue")
+
+    async def open_queue(self, mapping: Mapping) -> QueueSource:
+        """The queue of a mapping. Nothing is called yet."""
+        if mapping.source.kind is not SourceKind.SQS:
+            raise ValueError(f"{mapping.source.arn} is a stream")
+        return sqs.SqsSource(mapping.source, self._clients, self._clock, windowed=mapping.batch.window > 0)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from aiohttp import web
 from poller.aws.session import AwsClients
 from poller.settings import AwsSettings
 from tests.integration import emulators
+from tests.integration.daemon import Daemon, Ledger
 
 REGION = "eu-west-1"
 
@@ -126,3 +128,32 @@ async def broken(request: web.Request) -> web.StreamResponse:
 async def html_error(request: web.Request) -> web.StreamResponse:
     """What a load balancer in front says."""
     return web.Response(status=503, text="<html><body>Service Unavailable</body></html>", content_type="text/html")
+
+
+@pytest.fixture
+async def ledger() -> AsyncIterator[Ledger]:
+    """An HTTP target that keeps a ledger."""
+    made = Ledger()
+    app = web.Application(client_max_size=16 * 1024 * 1024)
+    app.router.add_post("/{path:.*}", made.handle)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}/f"
+    yield made
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def daemons(account: str, tmp_path: Path) -> AsyncIterator[Callable[[dict[str, Any]], Daemon]]:
+    """Makes daemons; what still runs is killed after the test."""
+    made: list[Daemon] = []
+
+    def make(config: dict[str, Any]) -> Daemon:
+        made.append(Daemon(tmp_path, config))
+        return made[-1]
+
+    yield make
+    for daemon in made:
+        await daemon.close()

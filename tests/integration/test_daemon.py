@@ -364,6 +364,7 @@ async def test_the_grace_bounds_a_stop_and_a_second_signal_ends_it(ministack, ac
     assert await daemon.stop() == 0
     assert daemon.events("stop_grace_exceeded")
     hanging.clear()
+    daemon.logs.clear()
     daemon.write({**json.loads(json.dumps(made)), "shutdown_grace_seconds": 300, "server": {"port": 0},
                   "store": "sqlite:///" + str(daemon.folder).lstrip("/") + "/poller.db"})  # fmt: skip
     await daemon.start()
@@ -371,6 +372,6 @@ async def test_the_grace_bounds_a_stop_and_a_second_signal_ends_it(ministack, ac
     daemon.send(signal.SIGTERM)
     await daemon.until_logged("stopping")
     daemon.send(signal.SIGTERM)
-    assert await daemon.ended() == 1
+    assert await daemon.ended() == 1, daemon.logs
     server.close()
     await server.wait_closed()

@@ -59,7 +59,7 @@ async def test_every_page_is_described(stub, source) -> None:
 async def test_a_truncated_description_is_no_answer(stub, source) -> None:
     """botocore reads it as an empty one; an empty listing would look like a stream whose shards are all gone."""
     stub.script["DescribeStream"] = [truncated]
-    with pytest.raises(SourceUnavailable, match="the answer has no Shards"):
+    with pytest.raises(SourceUnavailable, match="the answer has no StreamDescription"):
         await source.shards()
 
 

@@ -17,6 +17,7 @@ from poller.errors import (
     SourceThrottled,
     SourceUnavailable,
 )
+from poller.sources import kinesis
 from poller.sources.kinesis import KinesisSource, ReadLimits
 from tests.integration.conftest import REGION, broken, error, html_error, truncated
 
@@ -86,6 +87,21 @@ async def test_a_truncated_description_is_no_answer(stub, source, operation) -> 
     stub.script["ListShards"] = stub.script["DescribeStreamSummary"] = [truncated]
     with pytest.raises(SourceUnavailable, match="the answer has no"):
         await getattr(source, operation)()
+
+
+async def test_a_cold_call_has_its_time(stub, source, monkeypatch) -> None:
+    """A service that takes the call and never answers is SourceUnavailable in the end."""
+    release = asyncio.Event()
+
+    async def never(request: web.Request) -> web.Response:
+        await release.wait()
+        return web.Response()
+
+    monkeypatch.setattr(kinesis, "COLD_TIMEOUT", 0.1)
+    stub.script["ListShards"] = [never]
+    with pytest.raises(SourceUnavailable, match="TimeoutError"):
+        await source.shards()
+    release.set()
 
 
 async def test_retention_is_in_seconds(stub, source) -> None:

@@ -143,6 +143,20 @@ async def test_the_queues_timeout_is_asked_for_again_after_a_minute(stub, source
     assert record.expires == pytest.approx(clock.now() + 61 + 90, abs=5)
 
 
+async def test_expiry_is_counted_from_before_the_call(stub, source) -> None:
+    """An answer that took its time does not make a receipt last longer."""
+    clock, arrived = source._clock, []
+
+    async def slow(request: web.Request) -> web.Response:
+        arrived.append(clock.now())
+        await asyncio.sleep(0.05)
+        return web.json_response({"Messages": [MESSAGE]})
+
+    stub.script["ReceiveMessage"] = [slow]
+    [record] = await source.receive(1, 0, 30.0)
+    assert record.expires <= arrived[0] + 30
+
+
 class Later:
     """A clock that is ahead."""
 
@@ -245,3 +259,16 @@ async def test_a_partial_failure_of_one_call_leaves_the_others_alone(stub, sourc
     stub.script["ChangeMessageVisibilityBatch"] = [first_fails]
     many = records(12)
     assert list(await source.extend(many, 60)) == [many[0], many[10]]
+
+
+async def test_a_delete_that_succeeds_waits_for_nothing(stub, source, monkeypatch) -> None:
+    """One call; the pause between tries is only for what failed. It once cost every batch 0.1 s."""
+
+    async def never(_: float) -> None:
+        raise AssertionError("a pause without a failure")
+
+    stub.script["GetQueueUrl"] = [{"QueueUrl": f"{stub.url}/1/q"}]
+    stub.script["DeleteMessageBatch"] = [{"Successful": [{"Id": "0"}]}]
+    monkeypatch.setattr("poller.sources.sqs.asyncio.sleep", never)
+    assert await source.delete([Record("m", "", 0.0, b"{}", handle="h")]) == []
+    assert len(stub.asked("DeleteMessageBatch")) == 1

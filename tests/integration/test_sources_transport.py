@@ -1,8 +1,12 @@
 """Hot AWS calls over a socket: what comes back, what does not, and with which credentials they are signed."""
 
 import asyncio
+import datetime as dt
 import gzip
+import ipaddress
 import logging
+import ssl
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -10,11 +14,15 @@ from aiohttp import web
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import ReadOnlyCredentials
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from poller.aws import lean as lean_module
 from poller.aws.lean import AwsError
 from poller.aws.session import AwsClients
-from poller.errors import AccessDenied, SourceUnavailable
+from poller.errors import AccessDenied, ConfigError, SourceUnavailable
 from poller.settings import AwsSettings
 from tests.integration import emulators
 from tests.integration.conftest import REGION, broken, error, html_error, truncated
@@ -60,11 +68,15 @@ async def test_the_server_would_accept_the_signature(stub, connect, account, mon
     assert got.headers["Authorization"].endswith(f"Signature={signature}")
 
 
+async def redirect(request: web.Request) -> web.Response:
+    return web.Response(status=307, headers={"Location": "/elsewhere"})
+
+
 @pytest.mark.parametrize(
     ("answer", "code", "status"),
     [
         (error("com.amazonaws#ExpiredIteratorException", "old"), "ExpiredIteratorException", 400),
-        ((301, {}), "HTTP301", 301),
+        (redirect, "HTTP307", 307),
         ((201, {}), "HTTP201", 201),
         (html_error, "HTTP503", 503),
     ],
@@ -239,6 +251,70 @@ async def test_a_truncated_200_is_handed_over_as_it_is(stub, connect) -> None:
     stub.script["GetRecords"] = [truncated]
     lean = await (await connect(stub.url)).lean("kinesis", REGION)
     assert (await lean.call(GET, b"{}", 5)).startswith(b'{"Records"')
+
+
+@pytest.fixture
+def certificate(tmp_path) -> Path:
+    """A self-signed certificate for 127.0.0.1 and its key, in one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = dt.datetime.now(dt.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    file = tmp_path / "certificate.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file.write_bytes(made.public_bytes(serialization.Encoding.PEM) + private)
+    return file
+
+
+async def test_certificates_are_verified(connect, monkeypatch, certificate) -> None:
+    """An unknown authority is refused before anything is sent; AWS_CA_BUNDLE makes it known."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({})
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    app = web.Application()
+    app.router.add_post("/", answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    url = f"https://127.0.0.1:{runner.addresses[0][1]}"
+    try:
+        lean = await (await connect(url)).lean("kinesis", REGION)
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await lean.request("POST", "/", {}, b"{}", 5, 5)
+        with pytest.raises(SourceUnavailable, match="GetRecords"):
+            await lean.call(GET, b"{}", 5)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        lean = await (await connect(url)).lean("kinesis", REGION)
+        assert await lean.call(GET, b"{}", 5) == b"{}"
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("AWS_CA_BUNDLE", "/nonexistent.pem", "AWS_CA_BUNDLE"), ("AWS_PROFILE", "nobody", "nobody")],
+)
+async def test_settings_that_cannot_be_used_are_a_config_error(account, monkeypatch, name, value, text) -> None:
+    """A user's mistake in the environment is told in words."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=text):
+        async with AwsClients(AwsSettings()):
+            pass
 
 
 async def test_the_proxy_of_the_environment_is_used(stub, connect, monkeypatch) -> None:

@@ -1,0 +1,295 @@
+"""SQS queues, standard and FIFO (semantics.md 8)."""
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from poller.aws.errors import ErrorTable, translate, translated
+from poller.aws.lean import AwsError, LeanClient, parse
+from poller.aws.session import COLD_TIMEOUT, AwsClients
+from poller.core.model import Record, SourceSpec
+from poller.errors import AccessDenied, PollerError, SourceThrottled, SourceUnavailable
+from poller.ports import Clock
+
+RECEIVE_LIMIT = 10  # messages of one ReceiveMessage, and of one batch call
+MAX_WAIT = 20.0
+MAX_VISIBILITY = 43_200.0
+
+_VISIBILITY_AGE = 60.0  # how long the queue's own visibility timeout is believed
+_CALL_TIMEOUT = 10.0  # beyond the wait of a long poll
+_BATCH_TRIES = 3
+_BATCH_PAUSE = 0.1  # before the second try; doubled for each further one
+_BATCH_CALLS = 16  # at once
+_HIDDEN_ATTRIBUTE = "SqsManagedSseEnabled"  # Lambda does not pass it on
+_ERRORS: ErrorTable = {}
+
+
+_ABSENT = msgspec.Raw(b"")  # a default that no JSON value equals; `Raw | None` would not stay raw
+
+
+class MessageAttribute(msgspec.Struct, rename="pascal"):
+    """A message attribute. SQS has never sent lists; a value that is absent here is absent from the event."""
+
+    data_type: msgspec.Raw
+    string_value: msgspec.Raw = _ABSENT
+    binary_value: msgspec.Raw = _ABSENT
+
+
+class Message(msgspec.Struct):
+    """A message of ReceiveMessage. Body and digests stay the JSON strings that came."""
+
+    MessageId: str
+    ReceiptHandle: str
+    Body: msgspec.Raw
+    MD5OfBody: msgspec.Raw
+    Attributes: dict[str, str] | None = None
+    MessageAttributes: dict[str, MessageAttribute] | None = None
+    MD5OfMessageAttributes: msgspec.Raw = _ABSENT
+
+
+class _Received(msgspec.Struct):
+    Messages: list[Message] | None = None
+
+
+class _Succeeded(msgspec.Struct):
+    Id: str
+
+
+class _Refused(msgspec.Struct):
+    Id: str
+    Code: str = ""
+    SenderFault: bool = False
+
+
+class _Changed(msgspec.Struct):
+    Successful: list[_Succeeded] | None = None
+    Failed: list[_Refused] | None = None
+
+
+_receptions = msgspec.json.Decoder(_Received)
+_changes = msgspec.json.Decoder(_Changed)
+_json = msgspec.json.Encoder().encode
+_log = structlog.get_logger()
+
+
+class Encoder:
+    """Messages of one queue as Lambda shows them (semantics.md 8.7, key order included).
+
+    `windowed`: the mapping has a batching window; then the digest of absent message attributes is null, else absent.
+    """
+
+    __slots__ = ("_fifo", "_no_digest", "_tail")
+
+    def __init__(self, spec: SourceSpec, *, windowed: bool) -> None:
+        self._fifo = spec.fifo
+        self._no_digest = b',"md5OfMessageAttributes":null' if windowed else b""
+        self._tail = b',"eventSource":"aws:sqs","eventSourceARN":%b,"awsRegion":%b}' % (
+            _json(spec.arn),
+            _json(spec.region),
+        )
+
+    def encode(self, message: Message, now: float, expires: float) -> Record:
+        """The message with its wire bytes. `now` stands in for a SentTimestamp that did not come."""
+        attributes = message.Attributes or {}
+        shown = attributes
+        if _HIDDEN_ATTRIBUTE in attributes:
+            shown = {name: value for name, value in attributes.items() if name != _HIDDEN_ATTRIBUTE}
+        digest = message.MD5OfMessageAttributes
+        wire = b"".join(
+            (
+                b'{"messageId":',
+                _json(message.MessageId),
+                b',"receiptHandle":',
+                _json(message.ReceiptHandle),
+                b',"body":',
+                message.Body,
+                b',"attributes":',
+                _json(shown),
+                b',"messageAttributes":',
+                _message_attributes(message.MessageAttributes) if message.MessageAttributes else b"{}",
+                self._no_digest if digest is _ABSENT else b',"md5OfMessageAttributes":%b' % digest,
+                b',"md5OfBody":',
+                message.MD5OfBody,
+                self._tail,
+            )
+        )
+        sent = attributes.get("SentTimestamp", "")
+        return Record(
+            message.MessageId,
+            # A group of a standard queue is about fairness, not order.
+            attributes.get("MessageGroupId", "") if self._fifo else "",
+            int(sent) / 1000 if sent.isascii() and sent.isdigit() else now,
+            wire,
+            message.ReceiptHandle,
+            expires,
+            attributes.get("AWSTraceHeader", ""),
+        )
+
+
+def _message_attributes(attributes: Mapping[str, MessageAttribute]) -> bytes:
+    items: list[bytes] = []
+    for name, attribute in attributes.items():
+        text, blob = attribute.string_value, attribute.binary_value
+        items.append(
+            b'%b:{%b%b"stringListValues":[],"binaryListValues":[],"dataType":%b}'
+            % (
+                _json(name),
+                b"" if text is _ABSENT else b'"stringValue":%b,' % text,
+                b"" if blob is _ABSENT else b'"binaryValue":%b,' % blob,
+                attribute.data_type,
+            )
+        )
+    return b"{" + b",".join(items) + b"}"
+
+
+class SqsSource:
+    """A `QueueSource`. Talks to the service's endpoint; a queue URL is a name here, never dialled."""
+
+    def __init__(self, spec: SourceSpec, clients: AwsClients, clock: Clock, *, windowed: bool) -> None:
+        self._spec = spec
+        self._clients = clients
+        self._clock = clock
+        self._encode = Encoder(spec, windowed=windowed).encode
+        self._url: str | None = None
+        self._visibility = 0.0
+        self._visibility_until = -math.inf
+        self._calls = asyncio.Semaphore(_BATCH_CALLS)
+
+    async def visibility_timeout(self) -> float:
+        """The queue's own, in seconds."""
+        url = await self._queue_url()
+        client = await self._clients.client("sqs", self._spec.region)
+        asked = self._clock.now()
+        with translated("GetQueueAttributes", _ERRORS):
+            async with asyncio.timeout(COLD_TIMEOUT):
+                answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["VisibilityTimeout"])
+        try:
+            self._visibility = float(answer["Attributes"]["VisibilityTimeout"])
+        except (KeyError, ValueError):
+            raise SourceUnavailable("GetQueueAttributes: the answer has no VisibilityTimeout") from None
+        self._visibility_until = asked + _VISIBILITY_AGE
+        return self._visibility
+
+    async def receive(self, limit: int, wait: float, visibility: float | None) -> Sequence[Record]:
+        """At most 10 messages after at most `wait` seconds, in whole seconds, rounded down.
+
+        The visibility timeout is always sent, so that `Record.expires` is right even when the queue's own was changed
+        since it was asked for; without `visibility` it is the queue's, asked for once a minute.
+        """
+        if visibility is None:
+            current = self._clock.now() < self._visibility_until
+            seconds = math.ceil(self._visibility if current else await self.visibility_timeout())
+        else:
+            seconds = math.ceil(min(visibility, MAX_VISIBILITY))
+        whole_wait = int(min(wait, MAX_WAIT))
+        request = {
+            "QueueUrl": await self._queue_url(),
+            "MaxNumberOfMessages": min(limit, RECEIVE_LIMIT),
+            "WaitTimeSeconds": whole_wait,
+            "VisibilityTimeout": seconds,
+            "MessageSystemAttributeNames": ["All"],
+            "MessageAttributeNames": ["All"],
+        }
+        lean = await self._lean()
+        asked = self._clock.now()
+        try:
+            body = await lean.call("AmazonSQS.ReceiveMessage", _json(request), whole_wait + _CALL_TIMEOUT)
+        except AwsError as error:
+            raise translate(error, _ERRORS, "ReceiveMessage") from None
+        messages = parse(_receptions, body, "ReceiveMessage").Messages
+        if not messages:
+            return ()
+        now = self._clock.now()
+        expires = asked + seconds
+        return [self._encode(message, now, expires) for message in messages]
+
+    async def delete(self, records: Sequence[Record]) -> Sequence[Record]:
+        """Delete in tens; answers those that were not deleted, after a few tries while their receipts are good."""
+        return await self._change("DeleteMessageBatch", records, {})
+
+    async def extend(self, records: Sequence[Record], seconds: float) -> Sequence[Record]:
+        """Set visibility, in whole seconds rounded up, in tens; answers those that were not changed."""
+        timeout = math.ceil(min(max(seconds, 0.0), MAX_VISIBILITY))
+        return await self._change("ChangeMessageVisibilityBatch", records, {"VisibilityTimeout": timeout})
+
+    async def close(self) -> None:
+        """Nothing to release: connections belong to the process."""
+
+    async def _change(self, operation: str, records: Sequence[Record], extra: Mapping[str, Any]) -> list[Record]:
+        chunks = [records[start : start + RECEIVE_LIMIT] for start in range(0, len(records), RECEIVE_LIMIT)]
+        if len(chunks) == 1:
+            return await self._change_ten(operation, chunks[0], extra)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._change_ten(operation, chunk, extra)) for chunk in chunks]
+        return [record for task in tasks for record in task.result()]
+
+    async def _change_ten(self, operation: str, records: Sequence[Record], extra: Mapping[str, Any]) -> list[Record]:
+        """Those of ten that were not changed. Tries again what failed by SQS's fault or got no answer."""
+        refused: list[Record] = []
+        left = list(records)
+        reason = ""
+        for attempt in range(_BATCH_TRIES):
+            if attempt:
+                await asyncio.sleep(_BATCH_PAUSE * 2 ** (attempt - 1))
+                now = self._clock.now()
+                refused += [record for record in left if record.expires <= now]
+                left = [record for record in left if record.expires > now]
+                if not left:
+                    break
+            try:
+                answer = await self._send_change(operation, left, extra)
+            except (SourceThrottled, SourceUnavailable) as error:
+                reason = str(error)
+                continue
+            except PollerError as error:
+                reason = str(error)
+                break
+            done = {entry.Id for entry in answer.Successful or ()}
+            faults = {entry.Id for entry in answer.Failed or () if entry.SenderFault} - done
+            reason = next((entry.Code for entry in answer.Failed or ()), "") or reason
+            refused += [record for index, record in enumerate(left) if str(index) in faults]
+            left = [record for index, record in enumerate(left) if str(index) not in done | faults]
+            if not left:
+                break  # not at the top of the loop: there everything that went well would wait for the pause
+        refused += left
+        if refused:
+            _log.warning(
+                "queue_change_failed", operation=operation, queue=self._spec.arn, messages=len(refused), reason=reason
+            )
+        return refused
+
+    async def _send_change(self, operation: str, records: Sequence[Record], extra: Mapping[str, Any]) -> _Changed:
+        entries = [{"Id": str(index), "ReceiptHandle": record.handle, **extra} for index, record in enumerate(records)]
+        body = _json({"QueueUrl": await self._queue_url(), "Entries": entries})
+        lean = await self._lean()
+        async with self._calls:
+            try:
+                answer = await lean.call(f"AmazonSQS.{operation}", body, _CALL_TIMEOUT)
+            except AwsError as error:
+                raise translate(error, _ERRORS, operation) from None
+        return parse(_changes, answer, operation)
+
+    async def _queue_url(self) -> str:
+        if self._url is None:
+            client = await self._clients.client("sqs", self._spec.region)
+            try:
+                with translated("GetQueueUrl", _ERRORS):
+                    async with asyncio.timeout(COLD_TIMEOUT):
+                        answer = await client.get_queue_url(
+                            QueueName=self._spec.name, QueueOwnerAWSAccountId=self._spec.account
+                        )
+            except AccessDenied:
+                # AWS's own role for SQS mappings has no sqs:GetQueueUrl; the URL's form is fixed.
+                self._url = f"{client.meta.endpoint_url.rstrip('/')}/{self._spec.account}/{self._spec.name}"
+            else:
+                if not (url := answer.get("QueueUrl")):
+                    raise SourceUnavailable("GetQueueUrl: the answer has no QueueUrl")
+                self._url = str(url)
+        return self._url
+
+    async def _lean(self) -> LeanClient:
+        return await self._clients.lean("sqs", self._spec.region)
