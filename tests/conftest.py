@@ -2,7 +2,9 @@
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seeds", type=int, default=0, help="worlds of the simulation to run; 0: the default of each test")
+    parser.addoption(
+        "--seeds", type=int, default=0, help="worlds of the simulation to run; 0: the default of each test"
+    )
     parser.addoption("--first-seed", type=int, default=0, help="where the seeds begin")
     parser.addoption("--soak", action="store_true", help="run the long tests too")
 

@@ -79,13 +79,14 @@ class ShardWorker:
         self._expected = ""  # the record that the next read must begin with, else something was trimmed
         self._flow = ShardFlow(pipe.mapping.batch, pipe.mapping.retry, context.backoff.delay, row.checkpoint.resume)
         self._wake = asyncio.Event()  # lanes may be due, or the end may be reached
-        self._room = asyncio.Event()  # records were settled
+        self._room = asyncio.Event()  # somebody gave bytes back, perhaps this shard
         self._lanes: dict[int, asyncio.Task[None]] = {}
         self._calling: set[int] = set()
         self._is_sealed = False
         self._is_stopped = False
         self._lag: float | None = None
         self._record_bytes = _GUESSED_RECORD_BYTES
+        self._reserved = 0  # bytes that the read under way may bring
         self._accounted = 0
 
     # --- for the runner and the checkpointer
@@ -215,9 +216,8 @@ class ShardWorker:
         self._settled()
 
     def _settled(self) -> None:
-        self._account(0)
+        self._account()
         self._context.checkpointer.moved(self)
-        self._room.set()
 
     def _log_outcome(self, batch: Batch, outcome: Outcome) -> None:
         match outcome:
@@ -296,7 +296,8 @@ class ShardWorker:
                 await self._pause(failures, error.retry_after if isinstance(error, SourceThrottled) else None)
                 continue
             finally:
-                self._account(0)
+                self._reserved = 0
+                self._account()
             failures = 0
             self._set_problem("")
             self._take_in(fetch)
@@ -317,14 +318,15 @@ class ShardWorker:
                 nbytes = max(nbytes, _SMALL_READ_BYTES)
             if room and nbytes >= _SMALL_READ_BYTES:
                 limit = min(room, self._traits.fetch_limit, max(1, nbytes // self._record_bytes))
-                self._account(limit * self._record_bytes)
+                self._reserved = limit * self._record_bytes
+                self._account()
                 return limit
             self._context.budget.notify(self._room)
             await self._room.wait()
 
-    def _account(self, reserved: int) -> None:
-        """Tell the byte budget what this shard holds, and what it reserves for a read."""
-        change = self._flow.held_bytes + reserved - self._accounted
+    def _account(self) -> None:
+        """Tell the byte budget what this shard holds and reserves; what it gives back wakes those who wait for room."""
+        change = self._flow.held_bytes + self._reserved - self._accounted
         self._accounted += change
         if change > 0:
             self._context.budget.take(change)
@@ -365,7 +367,7 @@ class ShardWorker:
         if self._floor > -inf:
             records = tuple([record for record in records if record.arrival >= self._floor])
         self._flow.admit(records, fetch.newest, self._clock.now())
-        self._account(0)
+        self._account()
         self._context.checkpointer.moved(self)
         self._wake.set()
 

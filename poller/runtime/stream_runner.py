@@ -72,11 +72,8 @@ class StreamRunner:
             tender = tasks.create_task(self._tend(tasks))
             await self._stopping.asked.wait()
             tender.cancel()
-            for shard, task in list(self._tasks.items()):
-                if shard in self._workers:
-                    self._workers[shard].stop()
-                else:
-                    task.cancel()  # between two workers: nothing is in flight
+            for worker in self._workers.values():
+                worker.stop()
             await self._stopping.drain(list(self._tasks.values()))
         async with asyncio.TaskGroup() as tasks:
             for worker in self._workers.values():  # cut off: the last write belongs to the parent, not to the task
@@ -156,15 +153,21 @@ class StreamRunner:
             self._failures.pop(shard, None)
         else:
             failures = self._failures[shard] = self._failures.get(shard, 0) + 1
-            await sleep_until(self._clock, self._clock.now() + self._context.trouble.delay(failures))
+            delay = self._context.trouble.delay(failures)
+            await wait_until(self._stopping.asked, self._clock, self._clock.now() + delay)
         del self._tasks[shard]
         self._list_now.set()
 
     async def _work(self, source: StreamSource, row: Row, *, has_expired: bool) -> bool:
-        """False: wait before the next life."""
+        """False: wait before the next life. A stop lets an acquire end: cut off, it would leave a lease behind."""
+        if self._stopping.asked.is_set():
+            return True
         lease = await self._context.store.acquire(self._mapping.id, row, self._context.owner)
         if lease is None:
             return False
+        if self._stopping.asked.is_set():
+            await self._context.store.release(lease, None)
+            return True
         if has_expired:
             await self._bury(lease)
             return True

@@ -143,7 +143,8 @@ class Daemon:
         self.process.send_signal(number)
 
     async def ended(self, seconds: float = 40.0) -> int:
-        assert self.process is not None and self._reading is not None
+        assert self.process is not None
+        assert self._reading is not None
         async with asyncio.timeout(seconds):
             code = await self.process.wait()
             await self._reading

@@ -1,6 +1,7 @@
 """The daemon end to end, over sockets: three sources, one HTTP target, kills, stops, blocks, reloads."""
 
 import asyncio
+import itertools
 import json
 import signal
 
@@ -98,7 +99,7 @@ def assert_within_promise(ledger: Ledger, kills: list[float]) -> int:
     """After a crash only what was in flight or finished within the last interval is delivered again (promise 4)."""
     again = ledger.redelivered()
     for name, deliveries in again.items():
-        for earlier, later in zip(deliveries, deliveries[1:], strict=False):
+        for earlier, later in itertools.pairwise(deliveries):
             crash = next((kill for kill in kills if earlier.at <= kill <= later.at), None)
             assert crash is not None, f"{name} was delivered twice without a crash"
             assert crash - earlier.at < 0.1 + SLACK, f"{name} was delivered {crash - earlier.at:.1f} s before the crash"
@@ -183,7 +184,7 @@ async def test_one_failing_record_blocks_one_shard(ministack, account, ledger, d
     await ledger.until(lambda: poison and ledger.attempts[poison[0]] >= 4, 30, "the fourth attempt")
     shard = poison[0].split()[1].split(":")[0]
     first_sequence = poison[0].split(":")[1]
-    behind = {s for s in ("%s" % f"shardId-{n:012d}" for n in range(4)) if s != shard}
+    behind = {s for s in (f"shardId-{n:012d}" for n in range(4)) if s != shard}
     await ledger.until(lambda: behind <= set(ledger.order), 30, "delivery by the other shards")
     await asyncio.to_thread(aws.put_stream, "s", 400, 400)
     while True:

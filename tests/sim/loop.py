@@ -8,7 +8,7 @@ from typing import Any
 EPOCH = 1_800_000_000.0
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     """Every task waits and no timer is set."""
 
 
@@ -17,7 +17,7 @@ class _VirtualSelector(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
-            raise Deadlock("every task waits for something that nobody will do")
+            raise DeadlockError("every task waits for something that nobody will do")
         self.loop.virtual += max(0.0, timeout)
         return []
 

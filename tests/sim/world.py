@@ -123,7 +123,10 @@ class World:
         self.redelivered = 0
         self.is_healed = False
         self.poison: dict[str, int] = {}
-        self.started_at = -inf if self.plan.start is PositionKind.LATEST else 0.0
+        # From when on the records of a shard must be delivered: 0 unless LATEST passes some over. Unknown: not decided.
+        self.ours_from: dict[str, float] = {}
+        self.is_created = False
+        self.latest_asked: set[str] = set()
         self._next = FIRST_SEQUENCE
         for n in range(self.plan.shards):
             width = 1000 // self.plan.shards
@@ -204,7 +207,7 @@ class World:
 
     def is_ours(self, record: Record) -> bool:
         """LATEST: what arrived before the mapping knew the stream need not be delivered."""
-        return record.arrival >= self.started_at
+        return record.arrival >= self.ours_from.get(self.shard_of[record.id], 0.0)
 
     def is_ours_id(self, name: str) -> bool:
         return any(r.id == name and self.is_ours(r) for r in self.shards[self.shard_of[name]].records)
@@ -229,6 +232,17 @@ class World:
 
     def pending(self) -> list[str]:
         return [r.id for s in self.shards.values() for r in s.records if self.is_ours(r) and r.id not in self.settled]
+
+    async def unsaved(self) -> list[str]:
+        """Shards whose stored position is not yet behind their last record."""
+        rows = await self.store.load("m-1")
+        return [
+            shard.id
+            for shard in self.shards.values()
+            if (ours := [record for record in shard.records if self.is_ours(record)])
+            and (position := rows[shard.id].checkpoint.position).kind is not PositionKind.END
+            and position != Position(PositionKind.AFTER, ours[-1].id)
+        ]
 
 
 class Node:
@@ -283,11 +297,16 @@ class Node:
 
     async def stop(self, grace: float) -> bool:
         """True: clean."""
-        assert self.supervisor is not None and self.task is not None
+        assert self.supervisor is not None
+        assert self.task is not None
         started = self.world.clock.now()
         self.supervisor.stop(grace)
         await asyncio.wait([self.task])
         self.task.result()
+        if not self.world.plan.store_faults or self.world.is_healed:
+            owned = [row for row in (await self.world.store.load("m-1")).values() if row.owner == self.name]
+            if owned:
+                raise Violation(f"a stop left leases behind: {owned}")
         is_clean = not self.world.calling and self.world.clock.now() - started < grace
         self.is_dead = True
         self.world.calling.clear()
@@ -364,8 +383,12 @@ class NodeSource:
             case PositionKind.TRIM_HORIZON:
                 index = 0
             case PositionKind.LATEST:
-                # As late as the moment that was pinned: a real LATEST iterator may be younger by the time of the call.
-                index = next((i for i, r in enumerate(records) if self.node.world.is_ours(r)), len(records))
+                # The tip as of this call: asked a second time, it would pass over what came in between.
+                if shard in self.node.world.latest_asked:
+                    raise Violation(f"LATEST of {shard} was asked for twice")
+                self.node.world.latest_asked.add(shard)
+                self.node.world.ours_from[shard] = self.node.world.clock.now()
+                index = len(records)
             case PositionKind.AT_TIMESTAMP:
                 index = next((i for i, r in enumerate(records) if r.arrival >= float(at.value)), len(records))
             case PositionKind.AT:
@@ -481,11 +504,11 @@ class NodeStore:
         await self._before()
         await self.inner.create(mapping, rows)
         world = self.node.world
-        latest = [
-            float(row.checkpoint.position.value) for row in rows if row.checkpoint.position.kind is PositionKind.LATEST
-        ]
-        if world.started_at == -inf and latest:
-            world.started_at = latest[0]  # pinned: whatever arrives from that moment on is ours
+        if not world.is_created and world.plan.start is PositionKind.LATEST:
+            for row in rows:  # pinned: whatever arrives from that moment on is ours, whatever crashes
+                position = row.checkpoint.position
+                world.ours_from[row.shard] = inf if position.kind is PositionKind.END else float(position.value)
+        world.is_created = True
         await self._after()
 
     async def load(self, mapping: str) -> dict[str, Row]:

@@ -1,0 +1,377 @@
+"""One shard's worker on virtual time, with a scripted source: positions, losses, stops, room."""
+
+import asyncio
+import itertools
+import random
+from typing import Any
+
+import pytest
+import structlog
+
+from poller.core.model import (
+    TRIM_HORIZON,
+    BatchPolicy,
+    Checkpoint,
+    Fetch,
+    FunctionSpec,
+    Lease,
+    Mapping,
+    Position,
+    PositionKind,
+    Record,
+    Reply,
+    ReplyStatus,
+    RetryPolicy,
+    Row,
+    ShardState,
+    SourceKind,
+    SourceSpec,
+    StreamTraits,
+)
+from poller.core.retry import Backoff
+from poller.errors import IteratorExpired, PositionTrimmed, SourceGone, SourceThrottled, SourceUnavailable
+from poller.runtime.checkpointer import Checkpointer
+from poller.runtime.context import Context, LastResult, Pipe
+from poller.runtime.gate import ByteBudget, Gate
+from poller.runtime.shard_worker import ShardWorker
+from poller.stores.memory import MemoryStore
+from tests.fakes.observer import CountingObserver
+from tests.sim.loop import EPOCH, VirtualClock, VirtualLoop
+
+AFTER, AT = PositionKind.AFTER, PositionKind.AT
+
+
+def rec(n: int, arrival: float = EPOCH) -> Record:
+    return Record(str(n), "k", arrival, b"{%d}" % n)
+
+
+def page(*numbers: int, end: bool = False, lag: float | None = 0.0) -> Fetch:
+    records = tuple(rec(n) for n in numbers)
+    return Fetch(records, str(numbers[-1]) if numbers else "", None if end else "next", lag, 100, len(numbers))
+
+
+class Source:
+    """Answers reads from a script, then empty pages for ever; `asked` are the positions of its iterators."""
+
+    def __init__(self, script: list[Any], iterators: list[Any] | None = None) -> None:
+        self.script = script
+        self.iterators = iterators or []
+        self.asked: list[Position] = []
+        self.reads: list[tuple[float, int]] = []
+
+    async def iterator(self, shard: str, at: Position) -> str:
+        self.asked.append(at)
+        answer = self.iterators.pop(0) if self.iterators else None
+        if isinstance(answer, Exception):
+            raise answer
+        return "first"
+
+    async def fetch(self, shard: str, iterator: str, limit: int) -> Fetch:
+        self.reads.append((asyncio.get_running_loop().time(), limit))
+        await asyncio.sleep(0.01)
+        answer = self.script.pop(0) if self.script else page()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Target:
+    capacity = None
+    timeout = 30.0
+
+    def __init__(self, seconds: float = 0.0, reply: Reply | None = None) -> None:
+        self.seconds = seconds
+        self.reply = reply or Reply(ReplyStatus.OK)
+        self.calls: list[bytes] = []
+
+    async def invoke(self, call) -> Reply:
+        self.calls.append(call.payload)
+        await asyncio.sleep(self.seconds)
+        return self.reply
+
+
+class Shard:
+    """A worker with everything around it."""
+
+    def __init__(self, source: Source, position: Position = TRIM_HORIZON, **more: Any) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        clock = VirtualClock(loop)
+        rng = random.Random(1)
+        trouble = Backoff(0.5, 30.0, lambda: 1.0)
+        self.observer = CountingObserver()
+        self.target = more.get("target", Target())
+        self.budget = ByteBudget(more.get("budget", 10_000_000))
+        self.store = MemoryStore()
+        self.checkpointer = Checkpointer(self.store, clock, 0.1, trouble)
+        context = Context(clock, rng, self.store, self.checkpointer, self.budget, trouble, trouble, "me")
+        mapping = Mapping(
+            id="m",
+            source=SourceSpec(SourceKind.KINESIS, "arn", "r", "1", "s"),
+            function=FunctionSpec("f", "arn", "role"),
+            batch=BatchPolicy(size=more.get("size", 10), buffer_records=more.get("buffer", 100)),
+            retry=RetryPolicy(max_age=more.get("max_age", -1)),
+            start=TRIM_HORIZON,
+        )
+        pipe = Pipe(
+            mapping=mapping,
+            result=LastResult(),
+            target=self.target,
+            gate=more.get("gate", Gate(None)),
+            observer=self.observer,
+            traits=StreamTraits(1000, 1.0, more.get("has_timestamps", True)),
+            open_stream=None,
+            open_queue=None,
+        )
+        row = Row("shard", Checkpoint(position))
+        self.worker = ShardWorker(
+            context, pipe, source, row, Lease("m", "shard", "me", 1), is_fresh=more.get("is_fresh", False)
+        )
+
+
+def run(main) -> Any:
+    loop = VirtualLoop()
+    try:
+        return loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+async def run_for(shard: Shard, seconds: float) -> None:
+    """Run for a while, then stop in order."""
+    task = asyncio.ensure_future(shard.worker.run())
+    await asyncio.wait([task], timeout=seconds)
+    if not task.done():
+        shard.worker.stop()
+    await task
+
+
+def test_a_shard_is_read_to_its_end_and_settled() -> None:
+    """No next iterator and no record left: the shard has ended."""
+
+    async def main():
+        shard = Shard(Source([page(1, 2), page(3, end=True)]))
+        await asyncio.wait_for(shard.worker.run(), 100)
+        assert shard.worker.has_ended
+        assert shard.worker.checkpoint() == Checkpoint(Position(AFTER, "3"))
+        assert len(shard.target.calls) == 2
+        assert shard.budget.used == 0
+
+    run(main)
+
+
+def test_reads_are_paced() -> None:
+    """At once while behind, at most five a second; once a second at the tip."""
+
+    async def main():
+        source = Source([page(1, lag=9.0), page(lag=9.0), page(2, lag=0.0)])
+        await run_for(Shard(source), 5)
+        times = [at for at, _ in source.reads]
+        gaps = [round(later - earlier, 2) for earlier, later in itertools.pairwise(times)]
+        assert gaps[:4] == [0.2, 0.2, 1.0, 1.0]
+
+    run(main)
+
+
+def test_an_expired_iterator_goes_on_after_what_is_in_memory() -> None:
+    """Never again from the starting position."""
+
+    async def main():
+        source = Source([page(1, 2), IteratorExpired("old"), page(3)])
+        await run_for(Shard(source), 5)
+        assert source.asked == [TRIM_HORIZON, Position(AFTER, "2")]
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("has_timestamps", "asked"),
+    [(True, Position(PositionKind.AT_TIMESTAMP, repr(EPOCH))), (False, TRIM_HORIZON)],
+)
+def test_latest_is_resolved_once(has_timestamps, asked) -> None:
+    """A second time it is the pinned moment: AT_TIMESTAMP, or TRIM_HORIZON without what is older (DynamoDB)."""
+
+    async def main():
+        pinned = Position(PositionKind.LATEST, repr(EPOCH))
+        old, new = rec(1, EPOCH - 5), rec(2, EPOCH + 5)
+        later = Fetch((old, new), "2", "next", 0.0, 10, 2)
+        source = Source([IteratorExpired("old"), later])
+        shard = Shard(source, pinned, is_fresh=True, has_timestamps=has_timestamps)
+        await run_for(shard, 10)
+        assert source.asked == [pinned, asked]
+        delivered = b"".join(shard.target.calls)
+        assert new.wire in delivered
+        assert (old.wire in delivered) == has_timestamps
+        restarted = Source([page(3)])
+        await run_for(Shard(restarted, pinned, has_timestamps=has_timestamps), 5)
+        assert restarted.asked == [asked], "a restart before any record was settled"
+
+    run(main)
+
+
+def test_a_trimmed_position_goes_on_at_the_horizon_and_is_counted() -> None:
+    """Data that left retention is lost, said as an error, and the shard goes on."""
+
+    async def main():
+        source = Source([page(50)], iterators=[PositionTrimmed("too old")])
+        shard = Shard(source, Position(AFTER, "7"))
+        with structlog.testing.capture_logs() as logs:
+            await run_for(shard, 5)
+        assert source.asked == [Position(AFTER, "7"), TRIM_HORIZON]
+        assert shard.observer.counts["lost"] == 1
+        assert [entry["log_level"] for entry in logs if entry["event"] == "records_lost"] == ["error"]
+        assert shard.worker.checkpoint() == Checkpoint(Position(AFTER, "50"))
+
+    run(main)
+
+
+def test_a_read_that_begins_after_its_position_is_a_loss_too() -> None:
+    """AT may answer silently with what comes after a trimmed record."""
+
+    async def main():
+        shard = Shard(Source([page(9)]), Position(AT, "7"))
+        await run_for(shard, 5)
+        assert shard.observer.counts["lost"] == 1
+        fine = Shard(Source([page(7)]), Position(AT, "7"))
+        await run_for(fine, 5)
+        assert fine.observer.counts["lost"] == 0
+
+    run(main)
+
+
+def test_trouble_is_waited_out_and_shown() -> None:
+    """Throttles and unusable answers back off, keep the iterator, and show while they last."""
+
+    async def main():
+        source = Source([SourceThrottled("slow", 2.0), SourceUnavailable("a truncated answer"), page(1)])
+        shard = Shard(source)
+        task = asyncio.ensure_future(shard.worker.run())
+        await asyncio.sleep(2.5)
+        assert shard.worker.problem == "a truncated answer"
+        await asyncio.sleep(5)
+        assert shard.worker.problem == ""
+        assert len(source.asked) == 1
+        assert not shard.worker.has_ended
+        assert shard.observer.counts["polled_throttled"] == shard.observer.counts["polled_error"] == 1
+        shard.worker.stop()
+        await task
+
+    run(main)
+
+
+def test_a_shard_that_is_gone_delivers_what_it_holds() -> None:
+    """The source does not know it any more: no END, the runner decides."""
+
+    async def main():
+        shard = Shard(Source([page(1), SourceGone("no such shard")]), target=Target(seconds=5))
+        await asyncio.wait_for(shard.worker.run(), 100)
+        assert shard.worker.is_gone
+        assert shard.worker.checkpoint() == Checkpoint(Position(AFTER, "1"))
+
+    run(main)
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_a_stop_at_any_turn_of_the_loop_ends(turns: int) -> None:
+    """Also between the creation of a lane's task and its first step."""
+
+    async def main():
+        shard = Shard(Source([page(1)]), target=Target(seconds=1))
+        loop = asyncio.get_running_loop()
+
+        def stop_in(left: int) -> None:
+            shard.worker.stop() if left == 0 else loop.call_soon(stop_in, left - 1)
+
+        original = shard.observer.polled
+
+        def polled(*arguments) -> None:
+            original(*arguments)
+            stop_in(turns)
+
+        shard.observer.polled = polled
+        await asyncio.wait_for(shard.worker.run(), 60)
+        assert shard.worker.state is ShardState.DRAINING
+        position = shard.worker.checkpoint().position
+        assert position == (Position(AFTER, "1") if shard.target.calls else Position(AT, "1"))
+
+    run(main)
+
+
+def test_waiting_for_a_slot_does_not_hold_up_a_stop() -> None:
+    """A lane that waits for capacity has no work in hand."""
+
+    async def main():
+        gate = Gate(1)
+        async with gate:
+            shard = Shard(Source([page(1)]), gate=gate)
+            await run_for(shard, 5)
+        assert not shard.target.calls
+        assert not gate.is_contended
+
+    run(main)
+
+
+def test_a_full_buffer_stops_reads_and_room_resumes_them() -> None:
+    """A stuck lane holds at most its buffer; when it moves, reading goes on."""
+
+    async def main():
+        source = Source([page(*range(n, n + 10)) for n in range(1, 200, 10)])
+        target = Target(seconds=10)
+        shard = Shard(source, target=target, buffer=20, size=10)
+        task = asyncio.ensure_future(shard.worker.run())
+        await asyncio.sleep(9)
+        assert len(source.reads) == 2
+        await asyncio.sleep(3)
+        assert len(source.reads) == 3
+        shard.worker.stop()
+        await task
+
+    run(main)
+
+
+def test_the_byte_budget_is_shared_and_never_starves() -> None:
+    """Over the budget only who holds nothing may read, a little; who gives back wakes the others."""
+
+    async def main():
+        source = Source([page(1), page(2), page(3)])
+        shard = Shard(source, target=Target(seconds=10), budget=1_000_000)
+        shard.budget.take(1_000_000)
+        task = asyncio.ensure_future(shard.worker.run())
+        await asyncio.sleep(8)
+        assert [limit for _, limit in source.reads] == [100]
+        shard.budget.give(1_000_000)
+        await asyncio.sleep(1)
+        assert len(source.reads) >= 2
+        shard.worker.stop()
+        await task
+        assert shard.budget.used == 0
+
+    run(main)
+
+
+def test_a_lost_lease_cuts_off_what_is_in_flight() -> None:
+    """Somebody else owns the shard: the worker ends at once and writes nothing."""
+
+    async def main():
+        shard = Shard(Source([page(1)]), target=Target(seconds=1000))
+        task = asyncio.ensure_future(shard.worker.run())
+        await asyncio.sleep(1)
+        shard.worker.lose_lease()
+        await asyncio.wait_for(task, 1)
+        assert shard.worker.is_lost
+
+    run(main)
+
+
+def test_discards_are_counted_and_named() -> None:
+    """Without a failure destination the log is the only trace."""
+
+    async def main():
+        shard = Shard(Source([page(1, 2)]), max_age=0.005)
+        with structlog.testing.capture_logs() as logs:
+            await run_for(shard, 5)
+        assert shard.observer.counts["dropped"] == 2
+        [entry] = [entry for entry in logs if entry["event"] == "records_discarded"]
+        assert (entry["reason"], entry["first_sequence"], entry["last_sequence"]) == ("RecordAgeExceeded", "1", "2")
+
+    run(main)
