@@ -132,7 +132,6 @@ def test_one_shard_is_blocked_and_recovers_while_the_others_go_on(finished):
     for line in blocked:
         assert re.search(rf"{shard} BLOCKED [\d.]+ s, attempt \d+, by …\d+", line)
         assert line.count("running") == 3
-    assert "BLOCKED" not in output[steps[3] :]
     taken = re.search(rf"Order {order} was taken at attempt (\d+); .* delivered (\d+) orders in that time", output)
     assert int(taken[1]) > 1
     assert int(taken[2]) > 0
