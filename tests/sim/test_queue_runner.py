@@ -207,7 +207,7 @@ def test_a_window_gathers_and_ends_on_time() -> None:
         await asyncio.sleep(7)
         start = asyncio.get_running_loop().time()
         setup.queue.send("a", "b")
-        await asyncio.sleep(5)
+        await asyncio.sleep(5.5)  # the polls that follow do not end with the window by themselves
         setup.queue.send("c")
         await asyncio.sleep(30)
         [(at, ids)] = setup.target.batches
