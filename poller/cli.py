@@ -66,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
             help="config file (default: $POLLER_CONFIG, /etc/poller/poller.yaml, ./config/poller.yaml)",
         )
 
-    add_config(add("run", "run the daemon until SIGTERM or SIGINT", _run))
+    run = add("run", "run the daemon until SIGTERM or SIGINT", _run)
+    add_config(run)
+    run.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes (this version: 1)")
     validate = add("validate", "check the config file and print the resolved mappings", _validate)
     add_config(validate)
     validate.add_argument("--connect", action="store_true", help="also reach every source, target and the store")
@@ -81,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(name=name)
         made.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+def _workers(text: str) -> int:
+    if text != "1":
+        raise argparse.ArgumentTypeError("more than one worker is not in this version yet; leave it out or give 1")
+    return 1
 
 
 def _seconds(text: str) -> float:

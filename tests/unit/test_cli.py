@@ -1,0 +1,123 @@
+"""The verbs: exit codes, where output goes, clear refusals."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from poller.cli import main, status_lines
+
+VERBS = (
+    "run",
+    "validate",
+    "demo",
+    "status",
+    "checkpoints",
+    "pause",
+    "resume",
+    "seek",
+    "import",
+    "filter",
+    "redrive",
+    "schema",
+)
+
+
+def test_help_names_every_verb(capsys) -> None:
+    """All verbs of the contract, those that are not there yet marked so."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for verb in VERBS:
+        assert f"    {verb}" in out
+
+
+@pytest.mark.parametrize(
+    "verb", ["checkpoints list", "pause m", "resume m", "seek m --latest", "import", "filter test a b", "redrive"]
+)
+def test_a_verb_that_is_not_there_yet_says_so(verb, capsys) -> None:
+    """Exit 2 and one sentence; never a silent success."""
+    assert main(verb.split()) == 2
+    assert "not in this version" in capsys.readouterr().err
+
+
+def test_validate_prints_results_and_mistakes_apart(tmp_path, capsys) -> None:
+    """Exit 0 with the mappings on standard output, or 2 with the mistakes on standard error."""
+    good = tmp_path / "good.yaml"
+    good.write_text(
+        "functions: {f: {url: 'http://127.0.0.1:1/'}}\n"
+        "event_source_mappings:\n"
+        "  - {EventSourceArn: 'arn:aws:sqs:eu-west-1:000000000000:q', FunctionName: f}\n"
+    )
+    assert main(["validate", "-c", str(good)]) == 0
+    assert "arn:aws:sqs:eu-west-1:000000000000:q" in capsys.readouterr().out
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("function: {}\nserver: {port: 70000}\n")
+    for verb in ("validate", "run"):
+        assert main([verb, "-c", str(bad)]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert [line.split(":")[1] for line in said.err.splitlines()] == ["1", "2"]
+
+
+def test_a_missing_config_says_where_it_was_looked_for(tmp_path, monkeypatch, capsys) -> None:
+    """No traceback for a user's mistake."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("POLLER_CONFIG", raising=False)
+    assert main(["validate"]) == 2
+    assert "config/poller.yaml" in capsys.readouterr().err
+
+
+def test_schema_is_json(capsys) -> None:
+    """For editors."""
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["$schema"].endswith("2020-12/schema")
+
+
+def test_status_without_a_daemon_is_a_sentence(capsys) -> None:
+    """Exit 1, and what to check."""
+    assert main(["status", "--url", "http://127.0.0.1:9"]) == 1
+    assert "is `poller run` up" in capsys.readouterr().err
+    assert main(["status", "--url", "127.0.0.1"]) == 1
+    assert "is not a URL" in capsys.readouterr().err
+
+
+def test_status_shows_one_line_per_mapping_and_shard() -> None:
+    """State, lag, in flight, and for a blocked shard by what."""
+    shard = {
+        "id": "shardId-1", "state": "running", "lag_seconds": 1.25, "blocked_seconds": 12.0, "first_sequence": "7",
+        "last_sequence": "9", "attempts": 4, "last_error": "500 from 127.0.0.1:1/f",
+    }  # fmt: skip
+    mapping = {
+        "uuid": "u", "function": "f", "source": "kinesis", "state": "Enabled", "reason": "slow", "in_flight": 2, "shards": [shard],
+    }  # fmt: skip
+    lines = status_lines({"mappings": [mapping]})
+    assert lines[0].split() == ["u", "kinesis", "f", "Enabled", "in", "flight", "2", "slow"]
+    assert "blocked for 12 s by 7..9, 4 attempts" in lines[1]
+    assert "500 from 127.0.0.1:1/f" in lines[1]
+    assert status_lines({"mappings": []}) == ["no mappings"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--duration", "x"], ["demo", "--duration", "-1"], ["run", "--workers", "4"], ["nonsense"]]
+)
+def test_bad_arguments_are_usage_errors(arguments, capsys) -> None:
+    """Exit 2, one sentence."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_output_into_a_closed_pipe_is_no_traceback() -> None:
+    """`poller schema | head -1` ends quietly."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "poller", "schema"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait(30) == 1
+        process.stderr.close()
+    assert error == b""
