@@ -59,7 +59,14 @@ def _command(name: str, port: int) -> list[str]:
 
 
 def _environment(port: int) -> dict[str, str]:
-    ours = {"GATEWAY_PORT": str(port), "BIND_HOST": "127.0.0.1", "MINISTACK_HOST": "127.0.0.1", "LOG_LEVEL": "ERROR"}
+    ours = {
+        "GATEWAY_PORT": str(port),
+        "BIND_HOST": "127.0.0.1",
+        "MINISTACK_HOST": "127.0.0.1",
+        "LOG_LEVEL": "ERROR",
+        "IOT_MTLS_ENABLED": "0",  # these two of MiniStack listen on every address, whatever BIND_HOST says
+        "SFTP_ENABLED": "0",
+    }
     return {**os.environ, **ours}
 
 
