@@ -28,7 +28,7 @@ from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.supervisor import Supervisor, Wanted
 from poller.server.app import Server
 from poller.settings import FunctionSettings, Settings
-from poller.sources import KINDS, Sources
+from poller.sources import Sources, traits
 from poller.stores.sqlite import SqliteStore
 from poller.targets import open_target
 from poller.telemetry import Metrics, configure_logging
@@ -79,7 +79,7 @@ class Connections:
             target=shared.target,
             gate=shared.gate,
             observer=self._metrics.observer(mapping),
-            traits=KINDS[mapping.source.kind].traits,
+            traits=traits(mapping.source),
             open_stream=open_stream,
             open_queue=open_queue,
         )

@@ -73,7 +73,12 @@ _FUNCTION = re.compile(
 )
 _PLACE = r":(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):"
 _SOURCES = {
-    SourceKind.KINESIS: re.compile(_ARN + ":kinesis" + _PLACE + r"stream/(?P<name>[a-zA-Z0-9_.-]{1,128})"),
+    SourceKind.KINESIS: re.compile(
+        _ARN
+        + ":kinesis"
+        + _PLACE
+        + r"stream/(?P<name>[a-zA-Z0-9_.-]{1,128})(?P<consumer>/consumer/[a-zA-Z0-9_.-]{1,128}:[0-9]{1,20})?"
+    ),
     SourceKind.DYNAMODB: re.compile(
         _ARN + ":dynamodb" + _PLACE + r"table/(?P<name>[a-zA-Z0-9_.-]{1,255})/stream/[a-zA-Z0-9:._-]{1,64}"
     ),
@@ -147,7 +152,8 @@ FIELDS: tuple[MappingField, ...] = (
     MappingField(
         "EventSourceArn",
         Text("the ARN of a Kinesis stream, a DynamoDB stream or an SQS queue", most=10_000),
-        "ARN of the Kinesis stream, the DynamoDB stream (not the table) or the SQS queue.",
+        "ARN of the Kinesis stream, of a consumer registered with it (enhanced fan-out), of the DynamoDB stream (not the "
+        "table) or of the SQS queue.",
         uses=Uses.CREATE,
     ),
     MappingField(
@@ -315,7 +321,6 @@ _OTHER_SOURCES = frozenset(
 _NOT_YET: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("FilterCriteria", "event filtering", lambda value: bool(value.get("Filters"))),
     ("DestinationConfig", "a failure destination", lambda value: bool(_destination(value))),
-    ("TumblingWindowInSeconds", "a tumbling window", lambda value: value > 0),
     ("ProvisionedPollerConfig", "provisioned mode", bool),
     ("Options", "a mapping option", bool),
 )
@@ -673,9 +678,20 @@ def parse_source(arn: str) -> SourceSpec:
     for kind, pattern in _SOURCES.items():
         if parts := pattern.fullmatch(arn):
             name = parts["name"]
-            return SourceSpec(kind, arn, parts["region"], parts["account"], name, name.endswith(".fifo"))
-    if parts := re.fullmatch(_ARN + ":kinesis" + _PLACE + r"stream/(?P<name>[^/]+)/consumer/.+", arn):
-        message = f"is a consumer ARN: enhanced fan-out {NOT_YET}; give the stream's ARN"
+            return SourceSpec(
+                kind,
+                arn,
+                parts["region"],
+                parts["account"],
+                name,
+                fifo=kind is SourceKind.SQS and name.endswith(".fifo"),
+                fan_out=kind is SourceKind.KINESIS and parts["consumer"] is not None,
+            )
+    if parts := re.fullmatch(_ARN + ":kinesis" + _PLACE + r"stream/(?P<name>[^/]+)/consumer(/.*)?", arn):
+        message = (
+            "is not the whole ARN of a consumer; give ConsumerARN of DescribeStreamConsumer, "
+            "stream/NAME/consumer/CONSUMER:CREATION_TIME, or the stream's ARN"
+        )
         near = SourceSpec(SourceKind.KINESIS, arn, parts["region"], parts["account"], parts["name"])
         raise UnsupportedSource(message, near)
     if parts := re.fullmatch(_ARN + ":dynamodb" + _PLACE + r"table/(?P<name>[^/]+)", arn):
@@ -736,6 +752,7 @@ def build(
             size=size,
             window=float(document["MaximumBatchingWindowInSeconds"]),
             factor=factor,
+            tumbling=float(document.get("TumblingWindowInSeconds", 0)),
             max_bytes=MAX_PAYLOAD_BYTES,
             buffer_records=min(max(LEAST_BUFFER_RECORDS, 2 * size * factor), MOST_BUFFER_RECORDS),
         ),

@@ -2,10 +2,11 @@
 
 Endpoint, signing name and credentials come from an aiobotocore client and session, so FIPS, dual-stack, partitions,
 custom endpoints and every credential provider work as they do for cold calls. Only what a poller calls all the time
-goes through here: GetRecords, GetShardIterator, ReceiveMessage, DeleteMessageBatch, ChangeMessageVisibilityBatch and
-Invoke.
+goes through here: GetRecords, GetShardIterator, SubscribeToShard, ReceiveMessage, DeleteMessageBatch,
+ChangeMessageVisibilityBatch and Invoke.
 """
 
+import asyncio
 import errno
 import re
 import socket
@@ -225,14 +226,42 @@ class LeanClient:
         limits = aiohttp.ClientTimeout(total=timeout, connect=connect_timeout)
         return await self._send(method, path, headers, body, limits)
 
+    async def stream(self, target: str, body: bytes, timeout: float) -> aiohttp.ClientResponse:  # noqa: ASYNC109
+        """A 200 answer to `target` whose body goes on for as long as the service likes; the caller closes it.
+
+        `timeout`: seconds until it begins. Errors and the one repeat as in `call`.
+        """
+        headers = {"Content-Type": self._content_type, "X-Amz-Target": target}
+        limits = aiohttp.ClientTimeout(total=None, connect=min(timeout, CONNECT_TIMEOUT))
+        try:
+            async with asyncio.timeout(timeout):
+                try:
+                    response = await self._open("POST", "/", headers, body, limits)
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
+                    if not _was_idle(error):
+                        raise
+                    response = await self._open("POST", "/", headers, body, limits)
+                if response.status == 200:
+                    return response
+                answer = await self._take(response)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise SourceUnavailable(f"{target.rpartition('.')[2]}: {describe(error)}") from None
+        raise parse_error(answer.status, answer.headers, answer.body)
+
     async def _send(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes, limits: aiohttp.ClientTimeout
     ) -> LeanAnswer:
+        return await self._take(await self._open(method, path, headers, body, limits))
+
+    async def _open(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes, limits: aiohttp.ClientTimeout
+    ) -> aiohttp.ClientResponse:
+        """The head of an answer; its body is still to come."""
         url = self._endpoint + path
         signed = dict(headers)
         keys = await self._credentials.frozen()
         sign(keys, self._signing_name, self._signing_region, Request(method, url, signed, body))
-        async with self._http.request(
+        return await self._http.request(
             method,
             URL(url, encoded=True),
             data=Body(body),
@@ -241,7 +270,11 @@ class LeanClient:
             proxy=self._proxy,
             timeout=limits,
             read_bufsize=_READ_BUFFER_BYTES,
-        ) as response:
+        )
+
+    async def _take(self, response: aiohttp.ClientResponse) -> LeanAnswer:
+        """The whole answer; its connection goes back, or is closed when the body cannot be read to its end."""
+        async with response:
             answer = LeanAnswer(response.status, response.headers, await _read(response))
         if answer.status in (400, 401, 403) and parse_error(*answer).code in EXPIRED_TOKEN_CODES:
             self._credentials.reject()

@@ -10,7 +10,7 @@ anything newer. So order holds per key, and a failing lane holds up nothing but 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
 from zlib import crc32
@@ -33,7 +33,8 @@ from poller.core.model import (
     Throttled,
     Work,
 )
-from poller.core.replies import payload_bytes
+from poller.core.replies import WINDOW_BYTES, payload_bytes
+from poller.core.tumbling import TumblingWindow
 
 Vector = tuple[int, ...]
 
@@ -43,14 +44,14 @@ def lane_of(key: str, lanes: int) -> int:
     return crc32(key.encode("utf-8", "surrogatepass")) % lanes
 
 
-def _fitting(records: Iterable[Record], policy: BatchPolicy) -> int:
+def _fitting(records: Iterable[Record], policy: BatchPolicy, max_bytes: int) -> int:
     """How many of the first records make one batch: BatchSize, or as many as the payload limit lets in; one that is
     over it goes alone.
     """
     length = total = 0
     for record in islice(records, policy.size):
         total += len(record.wire)
-        if length and payload_bytes(length + 1, total) > policy.max_bytes:
+        if length and payload_bytes(length + 1, total) > max_bytes:
             break
         length += 1
     return length
@@ -58,7 +59,7 @@ def _fitting(records: Iterable[Record], policy: BatchPolicy) -> int:
 
 def split(records: Sequence[Record], policy: BatchPolicy) -> tuple[Record, ...]:
     """The first batch of some messages of a queue."""
-    return tuple(records[: _fitting(records, policy)])
+    return tuple(records[: _fitting(records, policy, policy.max_bytes)])
 
 
 class _Lane:
@@ -66,7 +67,8 @@ class _Lane:
 
     `queue` holds what no batch holds yet, `nbytes` their wire length; `since` is when the batching window started.
     `batch` holds the records that were taken and are not settled; empty when there are none. It is the oldest of the
-    lane, so its first record is the lane's head. `attempts` spent of the retry budget, `tries` at exactly this batch.
+    lane, so its first record is the lane's head. `is_final`: instead of a batch, the final invocation of a tumbling
+    window was taken and is not settled. `attempts` spent of the retry budget, `tries` at exactly this batch.
     `out` is true while the caller has the work in hand.
     """
 
@@ -75,6 +77,7 @@ class _Lane:
         "batch",
         "error",
         "failing_since",
+        "is_final",
         "nbytes",
         "not_before",
         "out",
@@ -88,6 +91,7 @@ class _Lane:
         self.nbytes = 0
         self.since = -inf
         self.batch: tuple[Record, ...] = ()
+        self.is_final = False
         self.attempts = 0
         self.tries = 0
         self.not_before = -inf
@@ -102,8 +106,9 @@ class _Lane:
         return self.queue[0] if self.queue else None
 
     def settle_batch(self, now: float) -> None:
-        """The batch is done with; the next window starts now (semantics 4.1)."""
+        """The batch, or the final invocation, is done with; the next window starts now (semantics 4.1)."""
         self.batch = ()
+        self.is_final = False
         self.attempts = self.tries = 0
         self.not_before = -inf
         self.since = now
@@ -129,7 +134,7 @@ class FlowStatus:
 class ShardFlow:
     """The records of one shard, from the read to the checkpoint.
 
-    `backoff(tries, retry_after)` answers seconds. `resume`: the vectors of the checkpoint this shard starts from.
+    `backoff(tries, retry_after)` answers seconds. `loaded`: the checkpoint that this shard starts from.
     The caller hands every Batch back through `resolve` and every Discard through `confirm`, exactly once, or throws
     the flow away: what was not handed back counts as not delivered.
     """
@@ -139,13 +144,15 @@ class ShardFlow:
         batch: BatchPolicy,
         retry: RetryPolicy,
         backoff: Callable[[int, float | None], float],
-        resume: tuple[Vector, ...] = (),
+        loaded: Checkpoint,
     ) -> None:
         self._policy = batch
         self._retry = retry
         self._backoff = backoff
-        self._floors = resume
+        self._loaded = loaded
+        self._floors = loaded.resume
         self._lanes = [_Lane() for _ in range(batch.factor)]
+        self._window = TumblingWindow(batch.tumbling, loaded.window) if batch.tumbling else None
         self._newest = ""
         self._held = 0
         self._held_bytes = 0
@@ -209,6 +216,13 @@ class ShardFlow:
         sequence = int(record.id)
         return any(sequence < floor[lane_of(record.key, len(floor))] for floor in self._floors)
 
+    def reached_tip(self, now: float) -> bool:
+        """Everything in the shard has been read. True: that may have made a lane due."""
+        if self._window is None or self._window.start is None:
+            return False
+        self._window.reached_tip(now)
+        return True
+
     def seal(self) -> None:
         """No more input: the shard is read to its end. Windows do not wait any longer."""
         self._sealed = True
@@ -228,20 +242,50 @@ class ShardFlow:
         return [inf if lane.out else self._due_at(lane) for lane in self._lanes]
 
     def _due_at(self, lane: _Lane) -> float:
-        policy = self._policy
-        if lane.batch:
-            if self._is_exhausted(lane):
-                return -inf
-            head, at = lane.batch[0], lane.not_before
+        if lane.batch or lane.is_final:
+            at = -inf if self._is_exhausted(lane) else lane.not_before
+            if lane.is_final:
+                return at
+            head = lane.batch[0]
+        elif self._final_at(lane) == -inf:
+            return -inf
         elif lane.queue:
-            head = lane.queue[0]
-            full = len(lane.queue) >= policy.size or payload_bytes(len(lane.queue), lane.nbytes) >= policy.max_bytes
-            at = -inf if full or self._sealed else lane.since + policy.window
+            head, at = lane.queue[0], self._full_at(lane)
         else:
-            return inf
+            return self._final_at(lane)
         if self._retry.max_age != NO_LIMIT:
             at = min(at, head.arrival + self._retry.max_age)
         return at
+
+    def _full_at(self, lane: _Lane) -> float:
+        """When the pending records become a batch: BatchSize, payload limit, shard end, batching window, and at the
+        end of their tumbling window.
+        """
+        policy = self._policy
+        full = len(lane.queue) >= policy.size or payload_bytes(len(lane.queue), lane.nbytes) >= self._max_bytes()
+        if full or self._sealed:
+            return -inf
+        at = lane.since + policy.window
+        if self._window is None:
+            return at
+        end = self._window.end_for(lane.queue[0])
+        # The last record tells whether later ones wait for this window's end; late ones in between do no harm.
+        return -inf if lane.queue[-1].arrival >= end or self._window.is_quiet(end) else at
+
+    def _final_at(self, lane: _Lane) -> float:
+        """When the final invocation of the open tumbling window becomes due; inf while its records are pending."""
+        window = self._window
+        if window is None or window.start is None:
+            return inf
+        if window.is_oversized:
+            return -inf
+        if lane.queue:
+            return inf if window.holds(lane.queue[0]) else -inf
+        return -inf if self._sealed or window.is_quiet(window.end) else inf
+
+    def _max_bytes(self) -> int:
+        """What the records of one payload may take; a tumbling window's state travels with them."""
+        return self._policy.max_bytes - (WINDOW_BYTES + len(self._window.state) if self._window is not None else 0)
 
     def _is_exhausted(self, lane: _Lane) -> bool:
         return self._retry.attempts != NO_LIMIT and lane.attempts > self._retry.attempts
@@ -254,6 +298,10 @@ class ShardFlow:
         if self._stopped or lane.out or self._due_at(lane) > now:
             return None
         lane.out = True
+        if not lane.batch and not lane.is_final:
+            lane.is_final = self._final_at(lane) <= now
+        if lane.is_final:
+            return self._take_final(index, lane)
         if not lane.batch:
             expired = self._expired(islice(lane.queue, self._policy.size), now)
             lane.batch = self._dequeue(lane, expired or self._batch_length(lane))
@@ -264,7 +312,14 @@ class ShardFlow:
         if self._is_exhausted(lane):
             return Discard(index, lane.batch, DiscardReason.RETRIES, lane.attempts)
         lane.tries += 1
-        return Batch(index, lane.batch, lane.tries)
+        return Batch(index, lane.batch, lane.tries, self._window.describe(is_final=False) if self._window else None)
+
+    def _take_final(self, index: int, lane: _Lane) -> Work:
+        assert self._window is not None
+        if self._is_exhausted(lane):
+            return Discard(index, (), DiscardReason.RETRIES, lane.attempts)
+        lane.tries += 1
+        return Batch(index, (), lane.tries, self._window.describe(is_final=True))
 
     def _expired(self, records: Iterable[Record], now: float) -> int:
         """Length of the prefix that is older than MaximumRecordAgeInSeconds; later old records are not dropped."""
@@ -278,9 +333,15 @@ class ShardFlow:
         return count
 
     def _batch_length(self, lane: _Lane) -> int:
-        if payload_bytes(len(lane.queue), lane.nbytes) <= self._policy.max_bytes:
-            return min(self._policy.size, len(lane.queue))
-        return _fitting(lane.queue, self._policy)
+        max_bytes = self._max_bytes()
+        if payload_bytes(len(lane.queue), lane.nbytes) <= max_bytes:
+            length = min(self._policy.size, len(lane.queue))
+        else:
+            length = _fitting(lane.queue, self._policy, max_bytes)
+        if self._window is None:
+            return length
+        self._window.open_with(lane.queue[0])
+        return self._window.count(islice(lane.queue, length))
 
     def _dequeue(self, lane: _Lane, count: int) -> tuple[Record, ...]:
         popleft = lane.queue.popleft
@@ -295,11 +356,15 @@ class ShardFlow:
         lane = self._lanes[batch.lane]
         lane.out = False
         match outcome:
-            case Delivered():
+            case Delivered() if lane.is_final:
+                self._finish_window(lane, now)
+            case Delivered(state=state):
+                self._keep_state(state)
                 self._forget(lane.batch)
                 lane.settle_batch(now)
-            case Partial(index=index) if index > 0:
+            case Partial(index=index, state=state) if index > 0:
                 # The suffix is a new batch with a fresh budget (semantics 6.4).
+                self._keep_state(state)
                 self._forget(lane.batch[:index])
                 rest = lane.batch[index:]
                 lane.settle_batch(now)
@@ -327,6 +392,9 @@ class ShardFlow:
         """
         lane = self._lanes[discard.lane]
         lane.out = False
+        if lane.is_final:
+            self._finish_window(lane, now)
+            return
         self._forget(discard.records)
         rest = lane.batch[len(discard.records) :]
         if rest:
@@ -334,6 +402,16 @@ class ShardFlow:
             lane.tries = 0
         else:
             lane.settle_batch(now)
+
+    def _keep_state(self, state: bytes | None) -> None:
+        """Only with records that are settled: kept with a failed head, its records would be counted twice."""
+        if self._window is not None and state is not None:
+            self._window.state = state
+
+    def _finish_window(self, lane: _Lane, now: float) -> None:
+        assert self._window is not None
+        self._window.finish()
+        lane.settle_batch(now)
 
     def _forget(self, records: Sequence[Record]) -> None:
         self._held -= len(records)
@@ -343,8 +421,8 @@ class ShardFlow:
 
     @property
     def is_drained(self) -> bool:
-        """Nothing is held: with `seal`, the shard is done."""
-        return self._held == 0
+        """Nothing is held and no tumbling window is open: with `seal`, the shard is done."""
+        return self._held == 0 and (self._window is None or self._window.start is None)
 
     @property
     def in_flight(self) -> int:
@@ -352,19 +430,20 @@ class ShardFlow:
         return sum([lane.out for lane in self._lanes])
 
     def checkpoint(self) -> Checkpoint | None:
-        """Where a restart goes on: AT the oldest unsettled record, else AFTER the newest read; None: nothing was read.
+        """Where a restart goes on: AT the oldest unsettled record, else AFTER the newest read; None: nothing changed.
 
         Costs one comparison per lane, whatever the lanes hold: each lane settles in order, so its head says it all.
         """
+        window = self._window.save() if self._window is not None else ""
         if not self._newest:
-            return None
+            return replace(self._loaded, window=window) if window != self._loaded.window else None
         heads = [lane.head() for lane in self._lanes]
         if len(heads) == 1 and not self._floors:
-            return Checkpoint(self._position(heads[0]))
+            return Checkpoint(self._position(heads[0]), window=window)
         behind_newest = int(self._newest) + 1
         sequences = [int(head.id) if head else behind_newest for head in heads]
         oldest = min(range(len(heads)), key=sequences.__getitem__)
-        return Checkpoint(self._position(heads[oldest]), self._resume(sequences, sequences[oldest]))
+        return Checkpoint(self._position(heads[oldest]), self._resume(sequences, sequences[oldest]), window)
 
     def _position(self, oldest: Record | None) -> Position:
         return Position(PositionKind.AT, oldest.id) if oldest else Position(PositionKind.AFTER, self._newest)
@@ -397,8 +476,8 @@ class ShardFlow:
             batch_arrival=status.batch_arrival,
             blocked_since=worst.failing_since,
             attempts=worst.tries,
-            first_sequence=worst.batch[0].id,
-            last_sequence=worst.batch[-1].id,
+            first_sequence=worst.batch[0].id if worst.batch else None,
+            last_sequence=worst.batch[-1].id if worst.batch else None,
             error=worst.error,
             next_attempt=None if worst.out else worst.not_before,
         )

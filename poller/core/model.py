@@ -81,10 +81,13 @@ class Checkpoint:
 
     `resume`: vectors of per-lane floors. A record whose sequence is below `vector[crc32(key) % len(vector)]` of any
     vector is settled although it lies after the position, because its lane ran ahead of a blocked one.
+    `window`: the open tumbling window and its state, empty when none is; saved in the same write as the position, or a
+    crash would count records twice.
     """
 
     position: Position
     resume: tuple[tuple[int, ...], ...] = ()
+    window: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,10 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """The event source of a mapping, taken apart. `name` is the stream's, table's or queue's."""
+    """The event source of a mapping, taken apart. `name` is the stream's, table's or queue's.
+
+    `fan_out`: `arn` is that of a stream's registered consumer (enhanced fan-out), not the stream's own.
+    """
 
     kind: SourceKind
     arn: str
@@ -132,6 +138,7 @@ class SourceSpec:
     account: str
     name: str
     fifo: bool = False
+    fan_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +154,12 @@ class FunctionSpec:
 
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
-    """How records become batches. `buffer_records` bounds what a shard holds in memory."""
+    """How records become batches. `buffer_records` bounds what a shard holds in memory. `tumbling`: seconds, 0 off."""
 
     size: int
     window: float = 0.0
     factor: int = 1
+    tumbling: float = 0.0
     max_bytes: int = MAX_PAYLOAD_BYTES
     buffer_records: int = 10_000
 
@@ -184,12 +192,25 @@ class Mapping:
     declared_in: str | None = None
 
 
+class Window(NamedTuple):
+    """The tumbling window that an invocation belongs to. `state`: JSON, as the last answer of the window had it."""
+
+    start: float
+    end: float
+    state: bytes
+    is_final: bool
+    is_early: bool
+
+
 class Batch(NamedTuple):
-    """Work: records to invoke with. `attempt` counts every try at this batch, from 1."""
+    """Work: records to invoke with, none in the final invocation of a tumbling window. `attempt` counts every try at
+    this batch, from 1.
+    """
 
     lane: int
     records: tuple[Record, ...]
     attempt: int
+    window: Window | None = None
 
 
 class DiscardReason(StrEnum):
@@ -200,7 +221,9 @@ class DiscardReason(StrEnum):
 
 
 class Discard(NamedTuple):
-    """Work: records that are given up. `attempts`: invocations that counted; a failure record shows at least 1."""
+    """Work: records that are given up, none for a tumbling window whose final invocation is. `attempts`: invocations
+    that counted; a failure record shows at least 1.
+    """
 
     lane: int
     records: tuple[Record, ...]
@@ -251,7 +274,9 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """Every record of the batch is settled."""
+    """Every record of the batch is settled. `state`: of the tumbling window, where the mapping has them."""
+
+    state: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +287,7 @@ class Partial:
 
     index: int = 0
     failed: frozenset[str] = frozenset()
+    state: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,10 +390,15 @@ class MappingStatus:
 class StreamTraits:
     """How a kind of stream is read.
 
-    `fetch_limit`: records that one read may ask for. `tip_interval`: seconds between reads at the tip.
-    `has_timestamps`: knows AT_TIMESTAMP iterators (Kinesis does, DynamoDB Streams does not).
+    `fetch_limit`: records that one read may ask for. `tip_interval`: seconds between reads at the tip, `min_interval`
+    while behind. `has_timestamps`: knows AT_TIMESTAMP iterators (Kinesis does, DynamoDB Streams does not).
+    `is_pushed`: a read waits until the source sends something, so no room is reserved meanwhile.
+    `operations`: what getting an iterator and reading are called in the metrics.
     """
 
     fetch_limit: int
     tip_interval: float
     has_timestamps: bool
+    min_interval: float = 0.2  # 5 GetRecords a second a shard is AWS's limit
+    is_pushed: bool = False
+    operations: tuple[str, str] = ("GetShardIterator", "GetRecords")

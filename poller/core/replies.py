@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from poller.core.model import (
@@ -14,19 +15,48 @@ from poller.core.model import (
     Record,
     Reply,
     ReplyStatus,
+    ShardId,
     Throttled,
+    Window,
 )
 
 _HEAD, _TAIL = b'{"Records":[', b"]}"
 ENVELOPE_BYTES = len(_HEAD) + len(_TAIL)
+WINDOW_BYTES = 1024  # more than the members of a tumbling window take, its state apart
 
 # Answers of a function that has nothing to report. Anything else is parsed.
 _NOTHING = frozenset((b"", b"null", b'""', b"[]", b"{}", b'{"batchItemFailures":[]}', b'{"batchItemFailures": []}'))
 
 
-def payload(records: Sequence[Record]) -> bytes:
-    """The Lambda event of a batch, as bytes. Records are joined as they are, never encoded again."""
-    return _HEAD + b",".join([record.wire for record in records]) + _TAIL
+def payload(records: Sequence[Record], tail: bytes = _TAIL) -> bytes:
+    """The Lambda event of a batch, as bytes. Records are joined as they are, never encoded again. `tail`: what comes
+    after them, with a tumbling window that of `window_tail`.
+    """
+    return _HEAD + b",".join([record.wire for record in records]) + tail
+
+
+def window_tail(window: Window, shard: ShardId, source_arn: str) -> bytes:
+    """The members that a tumbling window adds to an event (semantics 7), in AWS's order."""
+    flags = {"isFinalInvokeForWindow": window.is_final, "isWindowTerminatedEarly": window.is_early}
+    return b"".join(
+        (
+            b'],"window":',
+            _compact({"start": _instant(window.start), "end": _instant(window.end)}),
+            b',"state":',
+            window.state,
+            b",",
+            _compact({"shardId": shard, "eventSourceARN": source_arn, **flags})[1:],
+        )
+    )
+
+
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _instant(at: float) -> str:
+    """ISO 8601 in UTC, whole seconds."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def payload_bytes(count: int, wire_bytes: int) -> int:
@@ -34,24 +64,36 @@ def payload_bytes(count: int, wire_bytes: int) -> int:
     return ENVELOPE_BYTES + wire_bytes + max(0, count - 1)
 
 
-def idempotency_key(mapping: MappingId, source_arn: str, records: Sequence[Record]) -> str:
-    """The same for every attempt at these records, also after a restart; never the same for other records."""
+def idempotency_key(
+    mapping: MappingId, source_arn: str, records: Sequence[Record], shard: ShardId = "", window: Window | None = None
+) -> str:
+    """The same for every attempt at these records, also after a restart; never the same for other records.
+
+    A final invocation of a tumbling window has no records: its shard, window and state stand for them.
+    """
     digest = hashlib.sha256(f"{mapping}\n{source_arn}\n".encode())
     digest.update("\n".join([record.id for record in records]).encode())
+    if window is not None and not records:
+        digest.update(f"\n{shard}\n{window.start}\n{window.is_early}\n".encode() + window.state)
     return digest.hexdigest()[:32]
 
 
-def judge(reply: Reply, records: Sequence[Record], *, report_failures: bool, ordered: bool) -> Outcome:
+def judge(
+    reply: Reply, records: Sequence[Record], *, report_failures: bool, ordered: bool, window: Window | None = None
+) -> Outcome:
     """What a reply means for its batch.
 
     `report_failures`: FunctionResponseTypes has ReportBatchItemFailures; otherwise a successful body is not read.
     `ordered`: streams, where the first failed record is what matters; else queues, where each named message stays.
+    `window`: the batch belongs to a tumbling window, so the answer must carry its state, but for the final one.
     """
     match reply.status:
         case ReplyStatus.OK:
+            if window is not None:
+                return _judge_window(reply.body, records, window, report_failures=report_failures)
             if not report_failures or reply.body in _NOTHING:
                 return Delivered()
-            return _judge_batch_response(reply.body, records, ordered=ordered)
+            return _judge_batch_response(_parsed(reply.body), records, ordered=ordered)
         case ReplyStatus.THROTTLED:
             return Throttled(reply.error, reply.retry_after)
         case ReplyStatus.UNREACHABLE:
@@ -60,14 +102,38 @@ def judge(reply: Reply, records: Sequence[Record], *, report_failures: bool, ord
             return Failed(reply.error)
 
 
-def _judge_batch_response(body: bytes, records: Sequence[Record], *, ordered: bool) -> Outcome:
-    """As semantics 6.4 (streams) and 8.5 (SQS) have it: one malformed member fails the whole batch."""
+class _NotJson:
+    """An answer that cannot be read. A class, because every JSON value is an answer."""
+
+
+def _parsed(body: bytes) -> Any:
     try:
-        answer: Any = json.loads(body)
-    except ValueError:  # RecursionError is handled below: it is no ValueError
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return _NotJson
+
+
+def _judge_window(body: bytes, records: Sequence[Record], window: Window, *, report_failures: bool) -> Outcome:
+    """An answer without state is a function error (semantics 7); the final one's state is dropped anyway."""
+    answer = _parsed(body) if body else None
+    state = answer.get("state") if isinstance(answer, dict) else None
+    if not isinstance(state, dict) and not window.is_final:
+        return Failed("the function's answer has no state, but the mapping has TumblingWindowInSeconds")
+    kept = _compact(state) if isinstance(state, dict) else None
+    outcome = _judge_batch_response(answer, records, ordered=True) if report_failures else Delivered()
+    match outcome:
+        case Delivered():
+            return Delivered(state=kept)
+        case Partial(index=index):
+            return Partial(index=index, state=kept)
+        case _:
+            return outcome
+
+
+def _judge_batch_response(answer: Any, records: Sequence[Record], *, ordered: bool) -> Outcome:
+    """As semantics 6.4 (streams) and 8.5 (SQS) have it: one malformed member fails the whole batch."""
+    if answer is _NotJson:
         return Failed("the function's answer is not JSON, but the mapping has ReportBatchItemFailures")
-    except RecursionError:
-        return Failed("the function's answer is nested too deeply to be a batch response")
     if isinstance(answer, list) and answer:
         return Failed("the function's answer is a list, not an object with batchItemFailures")
     if not isinstance(answer, dict):

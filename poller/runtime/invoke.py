@@ -2,29 +2,29 @@
 
 import random
 import uuid
-from collections.abc import Sequence
 
 from poller.core.model import (
     MAX_PAYLOAD_BYTES,
+    Batch,
     Delivered,
     Failed,
     Invocation,
     Outcome,
     Partial,
-    Record,
     Reply,
     ReplyStatus,
+    ShardId,
     Throttled,
 )
-from poller.core.replies import idempotency_key, judge, payload
+from poller.core.replies import idempotency_key, judge, payload, window_tail
 from poller.ports import Clock
 from poller.runtime.context import Pipe
 
 
-async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, records: Sequence[Record], attempt: int) -> Outcome:
-    """Call the target once with these records and say what became of it. Counts and times the call."""
-    mapping = pipe.mapping
-    body = payload(records)
+async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, batch: Batch, shard: ShardId = "") -> Outcome:
+    """Call the target once with a batch and say what became of it. Counts and times the call."""
+    mapping, records, window = pipe.mapping, batch.records, batch.window
+    body = payload(records, window_tail(window, shard, mapping.source.arn)) if window else payload(records)
     if len(body) > MAX_PAYLOAD_BYTES:
         # Lambda would answer 413 without running the function, and that spends an attempt (semantics 4.2).
         pipe.observer.invoked("error", len(records), 0.0)
@@ -34,10 +34,10 @@ async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, records: Sequence
     call = Invocation(
         mapping=mapping.id,
         request_id=str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-        attempt=attempt,
-        key=idempotency_key(mapping.id, mapping.source.arn, records),
+        attempt=batch.attempt,
+        key=idempotency_key(mapping.id, mapping.source.arn, records, shard, window),
         payload=body,
-        trace=records[0].trace,
+        trace=records[0].trace if records else "",
     )
     started = clock.now()
     pipe.observer.invoking(1)
@@ -46,7 +46,11 @@ async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, records: Sequence
     finally:
         pipe.observer.invoking(-1)
     outcome = judge(
-        reply, records, report_failures=mapping.retry.report_failures, ordered=mapping.source.kind.is_stream
+        reply,
+        records,
+        report_failures=mapping.retry.report_failures,
+        ordered=mapping.source.kind.is_stream,
+        window=window,
     )
     pipe.observer.invoked(_label(reply, outcome), len(records), clock.now() - started)
     if isinstance(outcome, Failed):

@@ -12,7 +12,7 @@ from math import inf
 import structlog
 
 from poller.core.flow import split
-from poller.core.model import Delivered, Failed, Outcome, Partial, Record, ShardStatus, Throttled
+from poller.core.model import Batch, Delivered, Failed, Outcome, Partial, Record, ShardStatus, Throttled
 from poller.errors import PollerError, SourceThrottled
 from poller.ports import QueueSource
 from poller.runtime.context import Context, Pipe
@@ -237,7 +237,7 @@ class QueueRunner:
         tries = 0
         while True:
             tries += 1
-            outcome = await invoke(self._pipe, self._clock, self._context.random, records, tries)
+            outcome = await invoke(self._pipe, self._clock, self._context.random, Batch(0, records, tries))
             match outcome:
                 case Throttled(error=error, retry_after=retry_after):
                     delay = self._context.backoff.delay(tries, retry_after)

@@ -6,6 +6,7 @@ STARTING --iterator--> RUNNING --no next iterator--> ENDING --lanes empty--> (ru
 """
 
 import asyncio
+from collections.abc import Sequence
 from math import inf
 
 import structlog
@@ -23,6 +24,7 @@ from poller.core.model import (
     Partial,
     Position,
     PositionKind,
+    Record,
     Row,
     ShardState,
     ShardStatus,
@@ -43,7 +45,6 @@ from poller.runtime.waiting import sleep_until, wait_until
 
 _log = structlog.get_logger(__name__)
 
-MIN_READ_INTERVAL = 0.2  # 5 GetRecords a second a shard is AWS's limit
 _GUESSED_RECORD_BYTES = 2048  # until the shard has shown its own
 _SMALL_READ_BYTES = 262_144  # what a shard may take although the byte budget is used up
 
@@ -77,7 +78,7 @@ class ShardWorker:
         self._is_fresh = is_fresh
         self._floor = -inf  # records that arrived before it are not ours (LATEST on DynamoDB, after a restart)
         self._expected = ""  # the record that the next read must begin with, else something was trimmed
-        self._flow = ShardFlow(pipe.mapping.batch, pipe.mapping.retry, context.backoff.delay, row.checkpoint.resume)
+        self._flow = ShardFlow(pipe.mapping.batch, pipe.mapping.retry, context.backoff.delay, row.checkpoint)
         self._wake = asyncio.Event()  # lanes may be due, or the end may be reached
         self._room = asyncio.Event()  # somebody gave bytes back, perhaps this shard
         self._lanes: dict[int, asyncio.Task[None]] = {}
@@ -194,7 +195,7 @@ class ShardWorker:
     async def _invoke(self, batch: Batch) -> None:
         self._calling.add(batch.lane)
         try:
-            outcome = await invoke(self._pipe, self._clock, self._context.random, batch.records, batch.attempt)
+            outcome = await invoke(self._pipe, self._clock, self._context.random, batch, self.lease.shard)
         finally:
             self._calling.discard(batch.lane)
         self._flow.resolve(batch, outcome, self._clock.now())
@@ -209,9 +210,7 @@ class ShardWorker:
             "records_discarded",
             reason=discard.reason.value,
             attempts=discard.attempts,
-            records=len(discard.records),
-            first_sequence=discard.records[0].id,
-            last_sequence=discard.records[-1].id,
+            **_extent(discard.records),
         )
         self._settled()
 
@@ -226,9 +225,7 @@ class ShardWorker:
                     "invocation_failed" if isinstance(outcome, Failed) else "invocation_waits",
                     error=error,
                     attempt=batch.attempt,
-                    records=len(batch.records),
-                    first_sequence=batch.records[0].id,
-                    last_sequence=batch.records[-1].id,
+                    **_extent(batch.records),
                     retry_in=self._retry_in(),
                 )
             case Partial(index=index):
@@ -257,15 +254,16 @@ class ShardWorker:
         """Read until the end of the shard. Trouble is waited out, whatever it is; lanes go on meanwhile."""
         iterator: str | None = None
         failures = 0
+        asking, reading = self._traits.operations
         while True:
             limit = await self._wait_for_room()
             started = self._clock.now()
-            operation = "GetRecords"
+            operation = reading
             try:
                 if iterator is None:
-                    operation = "GetShardIterator"
+                    operation = asking
                     iterator = await self._new_iterator()
-                    operation = "GetRecords"
+                    operation = reading
                 fetch = await self._source.fetch(self.lease.shard, iterator, limit)
             except IteratorExpired:
                 # Normal for a shard that was blocked for longer than an iterator lives.
@@ -306,7 +304,8 @@ class ShardWorker:
                 return
             iterator = fetch.next_iterator
             is_behind = fetch.read >= limit or (fetch.lag > 0 if fetch.lag is not None else fetch.read > 0)
-            await sleep_until(self._clock, started + (MIN_READ_INTERVAL if is_behind else self._traits.tip_interval))
+            interval = self._traits.min_interval if is_behind else self._traits.tip_interval
+            await sleep_until(self._clock, started + interval)
 
     async def _wait_for_room(self) -> int:
         """How many records to ask for: bounded by the shard's buffer and the bytes that the process may still take."""
@@ -318,7 +317,8 @@ class ShardWorker:
                 nbytes = max(nbytes, _SMALL_READ_BYTES)
             if room and nbytes >= _SMALL_READ_BYTES:
                 limit = min(room, self._traits.fetch_limit, max(1, nbytes // self._record_bytes))
-                self._reserved = limit * self._record_bytes
+                if not self._traits.is_pushed:
+                    self._reserved = limit * self._record_bytes
                 self._account()
                 return limit
             self._context.budget.notify(self._room)
@@ -353,11 +353,16 @@ class ShardWorker:
         return TRIM_HORIZON
 
     def _take_in(self, fetch: Fetch) -> None:
-        records = fetch.records
-        self.observer.polled("GetRecords", "success", fetch.read)
+        self.observer.polled(self._traits.operations[1], "success", fetch.read)
         self._lag = fetch.lag
-        if not fetch.read:
-            return
+        if fetch.read:
+            self._admit(fetch)
+        is_at_tip = fetch.lag == 0 if fetch.lag is not None else fetch.read == 0
+        if is_at_tip and self._flow.reached_tip(self._clock.now()):
+            self._wake.set()
+
+    def _admit(self, fetch: Fetch) -> None:
+        records = fetch.records
         self._at = Position(PositionKind.AFTER, fetch.newest)
         self._record_bytes = max(1, fetch.nbytes // fetch.read)
         if self._expected:
@@ -398,3 +403,10 @@ class ShardWorker:
     async def _pause(self, failures: int, retry_after: float | None) -> None:
         delay = self._context.trouble.delay(failures, retry_after)
         await sleep_until(self._clock, self._clock.now() + delay)
+
+
+def _extent(records: Sequence[Record]) -> dict[str, object]:
+    """What a log line says of records; the final invocation of a tumbling window has none."""
+    if not records:
+        return {"records": 0}
+    return {"records": len(records), "first_sequence": records[0].id, "last_sequence": records[-1].id}

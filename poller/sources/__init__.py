@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from poller.aws.session import AwsClients
-from poller.core.model import Mapping, SourceKind, StreamTraits
+from poller.core.model import Mapping, SourceKind, SourceSpec, StreamTraits
 from poller.ports import Clock, QueueSource, StreamSource
-from poller.sources import dynamodb, kinesis, sqs
+from poller.sources import dynamodb, fanout, kinesis, sqs
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,11 @@ KINDS: dict[SourceKind, Kind] = {
 }
 
 
+def traits(source: SourceSpec) -> StreamTraits | None:
+    """How this source is read: a registered consumer of a Kinesis stream is pushed to. None for a queue."""
+    return fanout.TRAITS if source.fan_out else KINDS[source.kind].traits
+
+
 class Sources:
     """Opens the source of a mapping. One for the process: it holds the read limits that mappings share."""
 
@@ -35,9 +40,8 @@ class Sources:
         """The stream of a mapping. Nothing is called yet, so it cannot fail for the stream's sake."""
         match mapping.source.kind:
             case SourceKind.KINESIS:
-                return kinesis.KinesisSource(
-                    mapping.source, mapping.function.role, self._clients, self._clock, self._limits
-                )
+                opened = fanout.FanOutSource if mapping.source.fan_out else kinesis.KinesisSource
+                return opened(mapping.source, mapping.function.role, self._clients, self._clock, self._limits)
             case SourceKind.DYNAMODB:
                 return dynamodb.DynamoSource(mapping.source, self._clients, self._clock)
             case SourceKind.SQS:

@@ -185,7 +185,7 @@ class KinesisSource:
             try:
                 body = await lean.call("Kinesis_20131202.GetShardIterator", _json(request), _ITERATOR_TIMEOUT)
             except AwsError as error:
-                if _is_trimmed(error):
+                if is_trimmed(error):
                     raise PositionTrimmed(f"GetShardIterator: {error}") from None
                 raise translate(error, _ERRORS, "GetShardIterator") from None
         return parse(_iterators, body, "GetShardIterator").ShardIterator
@@ -236,7 +236,7 @@ def _shard(listed: dict[str, Any]) -> Shard:
     )
 
 
-def _is_trimmed(error: AwsError) -> bool:
+def is_trimmed(error: AwsError) -> bool:
     """A sequence number that the stream does not have: older than its retention, or of a deleted stream of this name.
 
     Not so a number of another shard ("It encodes shardId-..."), a malformed one or a time in the future: going on at
@@ -245,6 +245,6 @@ def _is_trimmed(error: AwsError) -> bool:
     text = error.message.lower()
     return (
         error.code == "InvalidArgumentException"
-        and "startingsequencenumber" in text
+        and "sequencenumber" in text
         and ("did not come from this stream" in text or "is invalid" in text or "trim" in text)
     )

@@ -43,6 +43,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             position_kind TEXT NOT NULL,
             position_value TEXT NOT NULL,
             resume TEXT NOT NULL,       -- JSON: vectors of integers too big for SQLite's
+            tumbling TEXT NOT NULL,     -- open tumbling window: its start, a line break, its state; or empty
             owner TEXT,                 -- NULL: nobody holds the lease
             token INTEGER NOT NULL,
             parents TEXT NOT NULL,      -- JSON
@@ -396,8 +397,8 @@ def _create(connection: sqlite3.Connection, mapping: MappingId, rows: Sequence[R
     connection.executemany(
         """
         INSERT INTO shards (
-            position_kind, position_value, resume, mapping, shard, owner, token, parents, updated_at
-        ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, CURRENT_TIMESTAMP) ON CONFLICT (mapping, shard) DO NOTHING
+            position_kind, position_value, resume, tumbling, mapping, shard, owner, token, parents, updated_at
+        ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, CURRENT_TIMESTAMP) ON CONFLICT (mapping, shard) DO NOTHING
         """,
         [
             (*_columns(row.checkpoint), mapping, row.shard, row.owner, row.token, json.dumps(row.parents))
@@ -409,16 +410,16 @@ def _create(connection: sqlite3.Connection, mapping: MappingId, rows: Sequence[R
 def _load(connection: sqlite3.Connection, mapping: MappingId) -> dict[ShardId, Row]:
     found = connection.execute(
         """
-        SELECT shard, position_kind, position_value, resume, owner, token, parents FROM shards
+        SELECT shard, position_kind, position_value, resume, tumbling, owner, token, parents FROM shards
         WHERE mapping = ? ORDER BY shard
         """,
         (mapping,),
     )
     rows = {}
-    for shard, kind, value, resume, owner, token, parents in found:
+    for shard, kind, value, resume, tumbling, owner, token, parents in found:
         try:
             vectors = tuple(tuple(int(floor) for floor in vector) for vector in json.loads(resume))
-            checkpoint = Checkpoint(Position(PositionKind(kind), value), vectors)
+            checkpoint = Checkpoint(Position(PositionKind(kind), value), vectors, tumbling)
             rows[shard] = Row(shard, checkpoint, tuple(json.loads(parents)), owner, token)
         except (TypeError, ValueError) as error:
             raise StoreUnavailable(
@@ -442,7 +443,8 @@ def _save(connection: sqlite3.Connection, changes: Sequence[tuple[Lease, Checkpo
     # The owner counts too: release keeps the token, and a released lease may not write.
     saved = connection.executemany(
         """
-        UPDATE shards SET position_kind = ?, position_value = ?, resume = ?, updated_at = CURRENT_TIMESTAMP
+        UPDATE shards
+        SET position_kind = ?, position_value = ?, resume = ?, tumbling = ?, updated_at = CURRENT_TIMESTAMP
         WHERE mapping = ? AND shard = ? AND owner = ? AND token = ?
         """,
         [
@@ -467,11 +469,11 @@ def _release(connection: sqlite3.Connection, lease: Lease, checkpoint: Checkpoin
     released = connection.execute(
         """
         UPDATE shards SET position_kind = COALESCE(?, position_kind), position_value = COALESCE(?, position_value),
-            resume = COALESCE(?, resume), owner = NULL, updated_at = CURRENT_TIMESTAMP
+            resume = COALESCE(?, resume), tumbling = COALESCE(?, tumbling), owner = NULL, updated_at = CURRENT_TIMESTAMP
         WHERE mapping = ? AND shard = ? AND owner = ? AND token = ?
         """,
         (
-            *((None, None, None) if checkpoint is None else _columns(checkpoint)),
+            *((None, None, None, None) if checkpoint is None else _columns(checkpoint)),
             *(lease.mapping, lease.shard, lease.owner, lease.token),
         ),
     )
@@ -515,7 +517,8 @@ def _documents(connection: sqlite3.Connection, prefix: str) -> dict[str, dict[st
     return found
 
 
-def _columns(checkpoint: Checkpoint) -> tuple[str, str, str]:
-    """position_kind, position_value and resume."""
+def _columns(checkpoint: Checkpoint) -> tuple[str, str, str, str]:
+    """position_kind, position_value, resume and tumbling."""
     position = checkpoint.position
-    return position.kind.value, position.value, json.dumps(checkpoint.resume) if checkpoint.resume else "[]"
+    resume = json.dumps(checkpoint.resume) if checkpoint.resume else "[]"
+    return position.kind.value, position.value, resume, checkpoint.window

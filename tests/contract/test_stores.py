@@ -169,8 +169,9 @@ async def test_every_position_comes_back(store: CheckpointStore, position: Posit
 async def test_resume_vectors_come_back(store: CheckpointStore, resume: tuple[tuple[int, ...], ...]) -> None:
     """Numbers of any size, exactly, in their order; and a later checkpoint without them clears them."""
     (lease,) = await leased(store, "s1")
-    await store.save([(lease, Checkpoint(END, resume))])
-    assert (await store.load(M))["s1"].checkpoint == Checkpoint(END, resume)
+    window = '1700000000.0\n{"n":1,"text":"zwölf\\n"}'
+    await store.save([(lease, Checkpoint(END, resume, window))])
+    assert (await store.load(M))["s1"].checkpoint == Checkpoint(END, resume, window)
     await store.save([(lease, Checkpoint(END))])
     assert (await store.load(M))["s1"].checkpoint == Checkpoint(END)
 

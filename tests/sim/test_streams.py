@@ -72,10 +72,12 @@ async def live_and_die(world: World, tasks: asyncio.TaskGroup) -> Node:
 async def heal(world: World, node: Node) -> None:
     """Without faults everything must be done in the time that backoffs and windows explain."""
     deadline = world.clock.now() + 300
-    while not world.is_created or world.pending() or await world.unsaved():
+    while not world.is_created or world.pending() or await world.unsaved() or world.unfinished_windows():
         if node.task.done():
             node.task.result()
-        assert world.clock.now() < deadline, f"pending: {world.pending()}, unsaved: {await world.unsaved()}"
+        assert world.clock.now() < deadline, (
+            f"pending: {world.pending()}, unsaved: {await world.unsaved()}, windows: {world.unfinished_windows()}"
+        )
         await asyncio.sleep(0.5)
 
 
@@ -127,4 +129,5 @@ def test_worlds_differ() -> None:
     plans = [Plan.of(random.Random(seed)) for seed in range(50)]
     assert {plan.factor for plan in plans} >= {1, 2, 3, 5}
     assert any(plan.kills for plan in plans)
+    assert any(plan.tumbling for plan in plans)
     assert len({plan.start for plan in plans}) == 2

@@ -6,8 +6,10 @@ Invariants are checked where they can break, each with the time and the ids, so 
 import asyncio
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from math import inf
+from typing import Any
 
 from poller.core.flow import lane_of
 from poller.core.model import (
@@ -70,10 +72,11 @@ class Plan:
     duration: float
     start: PositionKind
     max_concurrency: int | None
+    tumbling: float = 0.0
 
     @classmethod
     def of(cls, rng: random.Random) -> "Plan":
-        return cls(
+        plan = cls(
             factor=rng.choice([1, 1, 2, 3, 5]),
             size=rng.choice([1, 3, 10, 100]),
             window=rng.choice([0.0, 0.0, 0.5, 3.0]),
@@ -91,6 +94,10 @@ class Plan:
             start=rng.choice([PositionKind.TRIM_HORIZON, PositionKind.TRIM_HORIZON, PositionKind.LATEST]),
             max_concurrency=rng.choice([None, None, 1, 2]),
         )
+        if rng.random() < 0.2:
+            # Nothing is given up, so that a final state must count every record of its window.
+            plan = replace(plan, tumbling=rng.choice([2.0, 7.0]), factor=1, attempts=-1, max_age=-1)
+        return plan
 
 
 @dataclass
@@ -127,6 +134,7 @@ class World:
         self.ours_from: dict[str, float] = {}
         self.is_created = False
         self.latest_asked: set[str] = set()
+        self.finals: set[tuple[str, str]] = set()
         self._next = FIRST_SEQUENCE
         for n in range(self.plan.shards):
             width = 1000 // self.plan.shards
@@ -230,6 +238,24 @@ class World:
             if below and record.id not in self.settled and self.is_ours(record):
                 raise Violation(f"{shard}: {checkpoint} passes {record.id}, which is not settled")
 
+    def window_of(self, name: str) -> str:
+        record = next(r for r in self.shards[self.shard_of[name]].records if r.id == name)
+        start = record.arrival // self.plan.tumbling * self.plan.tumbling
+        return datetime.fromtimestamp(start, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def check_final(self, shard: str, start: str, counted: int) -> None:
+        """A final invocation has counted each record of its window exactly once, whatever crashed in between."""
+        records = [r for r in self.shards[shard].records if self.is_ours(r) and self.window_of(r.id) == start]
+        if counted != len(records):
+            raise Violation(f"window {start} of {shard} counted {counted} of {[r.id for r in records]}")
+        self.finals.add((shard, start))
+
+    def unfinished_windows(self) -> list[tuple[str, str]]:
+        if not self.plan.tumbling:
+            return []
+        windows = {(s.id, self.window_of(r.id)) for s in self.shards.values() for r in s.records if self.is_ours(r)}
+        return sorted(windows - self.finals)
+
     def pending(self) -> list[str]:
         return [r.id for s in self.shards.values() for r in s.records if self.is_ours(r) and r.id not in self.settled]
 
@@ -318,7 +344,14 @@ def mapping_of(plan: Plan) -> Mapping:
         id="m-1",
         source=SourceSpec(SourceKind.KINESIS, "arn:aws:kinesis:eu-west-1:1:stream/s", "eu-west-1", "1", "s"),
         function=FunctionSpec("f", "arn:aws:lambda:eu-west-1:1:function:f", "arn:aws:iam::1:role/f"),
-        batch=BatchPolicy(plan.size, plan.window, plan.factor, max_bytes=3000, buffer_records=max(40, 2 * plan.size)),
+        batch=BatchPolicy(
+            plan.size,
+            plan.window,
+            plan.factor,
+            plan.tumbling,
+            max_bytes=5000 if plan.tumbling else 3000,
+            buffer_records=max(40, 2 * plan.size),
+        ),
         retry=RetryPolicy(plan.attempts, plan.max_age, plan.report_failures),
         start=Position(plan.start),
     )
@@ -435,23 +468,26 @@ class NodeTarget:
     async def invoke(self, call: Invocation) -> Reply:
         await self.node.live()
         world = self.node.world
-        records = json.loads(call.payload)["Records"]
-        if not records:
+        event = json.loads(call.payload)
+        records = event["Records"]
+        if not records and not event.get("isFinalInvokeForWindow"):
             raise Violation("an invocation without records")
-        assert 0 < len(records) <= world.plan.size
-        assert len(call.payload) <= 3000 or len(records) == 1
+        assert len(records) <= world.plan.size
+        assert len(call.payload) <= (5000 if world.plan.tumbling else 3000) or len(records) == 1
         world.begin_call(call, records)
         await asyncio.sleep(0.01 if world.is_healed else world.rng.choice([0.0, 0.01, 0.3, 2.0]))
         await self.node.live()
-        reply = self._answer(records)
+        reply = self._answer(event, records)
         world.end_call(call)
         return reply
 
-    def _answer(self, records: list[dict[str, str]]) -> Reply:
+    def _answer(self, event: dict[str, Any], records: list[dict[str, str]]) -> Reply:
         world = self.node.world
         if self.node.fails(world.plan.fault_rate):
             kind = world.rng.choice([ReplyStatus.THROTTLED, ReplyStatus.UNREACHABLE, ReplyStatus.TIMEOUT])
             return Reply(kind, error=kind.value)
+        if world.plan.tumbling:
+            return self._answer_window(event, records)
         bad = next((i for i, r in enumerate(records) if self._is_poison(r["id"])), None)
         if bad is None:
             good, reply = records, Reply(ReplyStatus.OK, b"null")
@@ -464,6 +500,19 @@ class NodeTarget:
         for record in good:
             world.settle(record["id"])
         return reply
+
+    def _answer_window(self, event: dict[str, Any], records: list[dict[str, str]]) -> Reply:
+        world = self.node.world
+        if any(self._is_poison(record["id"]) for record in records):
+            return Reply(ReplyStatus.FUNCTION_ERROR, error="poison")
+        shard, start, state = event["shardId"], event["window"]["start"], event["state"]
+        if event["isFinalInvokeForWindow"]:
+            world.check_final(shard, start, state.get("n", 0))
+        for record in records:
+            if world.window_of(record["id"]) != start:
+                raise Violation(f"{record['id']} in window {start} of {shard}")
+            world.settle(record["id"])
+        return Reply(ReplyStatus.OK, json.dumps({"state": {"n": state.get("n", 0) + len(records)}}).encode())
 
     def _is_poison(self, name: str) -> bool:
         world = self.node.world

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from poller.core.flow import ShardFlow, lane_of, split
 from poller.core.model import (
+    TRIM_HORIZON,
     Batch,
     BatchPolicy,
     Checkpoint,
@@ -35,12 +36,14 @@ def recs(*numbers: int, **more) -> list[Record]:
     return [rec(n, **more) for n in numbers]
 
 
-def flow_of(size=10, window=0.0, factor=1, attempts=-1, max_age=-1, resume=(), delay=1.0, **more) -> ShardFlow:
+def flow_of(
+    size=10, window=0.0, factor=1, attempts=-1, max_age=-1, resume=(), window_state="", delay=1.0, **more
+) -> ShardFlow:
     return ShardFlow(
         BatchPolicy(size, window, factor, **more),
         RetryPolicy(attempts, max_age),
         lambda tries, retry_after: retry_after if retry_after is not None else delay * tries,
-        resume,
+        Checkpoint(TRIM_HORIZON, resume, window_state),
     )
 
 

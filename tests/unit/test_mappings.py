@@ -323,7 +323,6 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones():
     [
         (stream(FilterCriteria={"Filters": [{"Pattern": "{}"}]}), "FilterCriteria"),
         (stream(DestinationConfig={"OnFailure": {"Destination": SQS}}), "DestinationConfig"),
-        (stream(TumblingWindowInSeconds=1), "TumblingWindowInSeconds"),
         (queue(ProvisionedPollerConfig={"MinimumPollers": 2}), "ProvisionedPollerConfig"),
         (queue(Options={"CircuitBreaker": True}), "Options"),
         (stream(EventSourceArn=f"{KINESIS}/consumer/c:1"), "EventSourceArn"),

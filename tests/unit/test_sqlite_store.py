@@ -170,6 +170,7 @@ async def test_an_operator_can_read_it_while_it_runs(store: SqliteStore, path: P
         "position_kind": "AT_SEQUENCE_NUMBER",
         "position_value": "007",
         "resume": f"[[{10**55}, 2], [3]]",
+        "tumbling": "",
         "owner": "me",
         "token": 1,
         "parents": '["p1", "p2"]',
