@@ -9,6 +9,7 @@ import signal
 import socket
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -17,17 +18,18 @@ from poller.aws.session import AwsClients
 from poller.clock import SystemClock, system_random
 from poller.config import load
 from poller.control import ControlPlane
-from poller.core.model import Mapping, SourceKind
+from poller.core.model import Mapping, MappingId, SourceKind
 from poller.core.retry import Backoff
-from poller.errors import ConfigError, PollerError, StoreInUse
+from poller.errors import ConfigError, PollerError
 from poller.mappings import build, parse_source, resolve_function
 from poller.ports import Clock, QueueSource, StreamSource, Target
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM, Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.supervisor import Supervisor, Wanted
+from poller.runtime.waiting import wait_until
 from poller.server.app import Server
-from poller.settings import FunctionSettings, Settings
+from poller.settings import FunctionSettings, HttpFunction, LambdaFunction, Settings
 from poller.sources import Sources, traits
 from poller.stores.sqlite import SqliteStore
 from poller.targets import open_target
@@ -38,7 +40,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class _Shared:
-    """One function's target and slots, shared by its mappings; closed with the last of them."""
+    """One function's target, shared by its mappings in a Region; closed with the last of them."""
 
     target: Target
     gate: Gate
@@ -54,18 +56,19 @@ class Connections:
         self._metrics = metrics
         self._sources = Sources(clients, clock)
         self._functions: dict[tuple[FunctionSettings, str], _Shared] = {}
+        self._gates: dict[tuple[str, int | None], Gate] = {}
 
     async def connect(self, wanted: Wanted, result: LastResult) -> Pipe:
         """The pipe of a mapping. ConfigError when its target's files (CA, certificate) cannot be read."""
         mapping, settings = wanted.mapping, wanted.revision
-        assert isinstance(settings, FunctionSettings)
+        assert isinstance(settings, HttpFunction | LambdaFunction)
         key = (settings, mapping.source.region)
         shared = self._functions.get(key)
         if shared is None:
             target = open_target(settings, mapping.source.region, self._clients, self._clock)
-            limits = [limit for limit in (settings.max_concurrency, target.capacity) if limit is not None]
-            shared = self._functions[key] = _Shared(target, Gate(min(limits, default=None)))
+            shared = self._functions[key] = _Shared(target, self._gate(settings, target))
         shared.users += 1
+        shared.gate.users += 1
 
         async def open_stream() -> StreamSource:
             return await self._sources.open_stream(mapping)
@@ -84,14 +87,28 @@ class Connections:
             open_queue=open_queue,
         )
 
+    def _gate(self, settings: FunctionSettings, target: Target) -> Gate:
+        """`max_concurrency` holds for the function in the whole daemon; the Runtime Interface Emulator takes one call
+        at a time per URL, whatever names it has.
+        """
+        limits = [limit for limit in (settings.max_concurrency, target.capacity) if limit is not None]
+        is_rie = isinstance(settings, HttpFunction) and settings.protocol == "rie"
+        name = settings.url if isinstance(settings, HttpFunction) and is_rie else settings.name
+        return self._gates.setdefault((name, min(limits, default=None)), Gate(min(limits, default=None)))
+
     async def disconnect(self, pipe: Pipe) -> None:
         """Close the target with its last mapping."""
+        pipe.gate.users -= 1
         for key, shared in list(self._functions.items()):
             if shared.target is pipe.target:
                 shared.users -= 1
                 if shared.users == 0:
                     del self._functions[key]
                     await shared.target.close()
+
+    def forgotten(self, mapping: MappingId) -> None:
+        """Drop the mapping's series: a deleted mapping must not look alive."""
+        self._metrics.forget(mapping)
 
     async def close(self) -> None:
         """Close what is left, after a stop that was cut short."""
@@ -159,7 +176,7 @@ class Daemon:
         )
         async with asyncio.TaskGroup() as tasks:
             saver = tasks.create_task(checkpointer.run())
-            reloader = tasks.create_task(self._follow(control, metrics))
+            reloader = tasks.create_task(self._follow(control, metrics, clock))
             work = tasks.create_task(supervisor.run())
             await self._stop.wait()
             _log.info("stopping", grace=settings.shutdown_grace)
@@ -170,10 +187,17 @@ class Daemon:
             reloader.cancel()
         _log.info("stopped")
 
-    async def _follow(self, control: ControlPlane, metrics: Metrics) -> None:
-        """Read the config file again at each SIGHUP; a bad one is refused and the old one goes on."""
+    async def _follow(self, control: ControlPlane, metrics: Metrics, clock: Clock) -> None:
+        """Read the config file again at each SIGHUP and when it has changed; a bad one is refused and the old one goes
+        on. Looking beats being told: a Kubernetes ConfigMap changes by a symbolic link two folders up.
+        """
+        seen = _stamp(self._settings.path)
         while True:
-            await self._reload.wait()
+            asked = await wait_until(self._reload, clock, clock.now() + _FILE_LOOK_INTERVAL)
+            now = _stamp(self._settings.path)
+            if not asked and (now == seen or now is None):
+                continue
+            seen = now
             self._reload.clear()
             try:
                 settings = await asyncio.to_thread(load, self._settings.path)
@@ -189,8 +213,20 @@ class Daemon:
             for warning in settings.warnings:
                 _log.warning("config_warning", warning=warning)
             self._settings = settings
-            control.apply(settings)
+            await control.apply(settings)
             _log.info("config_reloaded", config=settings.path, mappings=len(settings.mappings))
+
+
+_FILE_LOOK_INTERVAL = 2.0
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """Changes with the file; None while there is none."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 _FIXED = ("aws", "store", "server", "retry", "limits", "checkpoint_interval", "shutdown_grace")
@@ -202,14 +238,8 @@ async def check_connections(settings: Settings) -> list[str]:
     found: list[str] = []
     async with AwsClients(settings.aws) as clients:
         sources = Sources(clients, clock)
-        metrics = Metrics(clock, list)
-        try:
-            store = await SqliteStore.open(settings.store.path, metrics.store_observer())
-            await store.close()
-        except StoreInUse:
-            pass  # by a running daemon, which is well
-        except PollerError as error:
-            found.append(f"store: {error}")
+        if problem := await _check_store(settings.store.path, Metrics(clock, list)):
+            found.append(f"{settings.path}: store: {problem}")
         checked: set[tuple[FunctionSettings, str]] = set()
         for item in settings.mappings:
             source = parse_source(item.document["EventSourceArn"])
@@ -235,6 +265,25 @@ async def check_connections(settings: Settings) -> list[str]:
             if reason is not None:
                 found.append(f"{place}: FunctionName {spec.name}: {reason}")
     return found
+
+
+async def _check_store(path: str, metrics: Metrics) -> str | None:
+    """Can it be used? Looks only: it makes nothing, and a daemon that runs on it, or starts now, is not disturbed."""
+    if not await asyncio.to_thread(Path(path).exists):
+        return await asyncio.to_thread(_why_unmakeable, path)
+    try:
+        store = await SqliteStore.open(path, metrics.store_observer(), exclusive=False)
+    except PollerError as error:
+        return str(error)
+    await store.close()
+    return None
+
+
+def _why_unmakeable(path: str) -> str | None:
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        return f"{path} cannot be made: {folder} is not a directory that this user may write to"
+    return None
 
 
 async def _reach(sources: Sources, mapping: Mapping) -> None:

@@ -400,6 +400,7 @@ class _Loader:
         self._warnings: list[str] = []
         self._places: dict[str, _Place] = {}
         self._filled: set[str] = set()
+        self._secrets: set[str] = set()  # what came from the environment and from files
         self._file = cache(_secret_file)
 
     # --- mistakes
@@ -465,10 +466,12 @@ class _Loader:
                 return "${"
             self._filled.add(path)
             try:
-                return self._reference(found[1])
+                value = self._reference(found[1])
             except ValueError as error:
                 complaints.append(str(error))
                 return ""
+            self._secrets.add(value)
+            return value
 
         filled = _REFERENCE.sub(replaced, text)
         for complaint in complaints:
@@ -624,6 +627,7 @@ class _Loader:
             "retry": RetrySettings(**_renamed(values.get("retry", {}))),
             "limits": LimitSettings(**values.get("limits", {})),
             "warnings": tuple(self._warnings),
+            "filled": frozenset(self._secrets),
         }
         if "store" in values:
             settings["store"] = StoreSettings(values["store"], _store_path(values["store"]))
@@ -721,7 +725,10 @@ def resolved(settings: Settings) -> str:
             ),
         ]
         blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) or f"{settings.path} declares no event source mappings"
+    text = "\n\n".join(blocks)
+    for secret in settings.secrets():
+        text = text.replace(secret, "***")
+    return text or f"{settings.path} declares no event source mappings"
 
 
 def _safe_url(url: str) -> str:

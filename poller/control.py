@@ -6,6 +6,7 @@ mapping API ---------+        |
                               +--> store (API-made mappings; `Enabled` set through the API)
 """
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ import structlog
 
 from poller.clock import system_random, wall_clock
 from poller.core.model import MappingId, MappingStatus, SourceKind
-from poller.errors import ApiError
+from poller.errors import ApiError, StoreUnavailable
 from poller.mappings import (
     build,
     check_create,
@@ -27,12 +28,14 @@ from poller.mappings import (
     resolve_function,
 )
 from poller.ports import CheckpointStore
+from poller.runtime.stream_runner import stream_key
 from poller.runtime.supervisor import Supervisor, Wanted
 from poller.settings import Declared, Settings
 
 _log = structlog.get_logger(__name__)
 
 _MADE = "mapping/"  # store keys: API-made mappings
+_DELETED = "deleted/"  # API-made mappings whose positions are still to be deleted
 _TOGGLED = "enabled/"  # and `Enabled` of declared ones, set through the API
 _GONE = ApiError("ResourceNotFoundException", 404, "The resource you requested does not exist.")
 
@@ -62,9 +65,15 @@ class ControlPlane:
         self._toggled: dict[MappingId, dict[str, bool]] = {}
         self._ids = system_random()
         self._is_stopping = False
+        self._lock = asyncio.Lock()  # an operation checks, stores and applies as one; between them it awaits the store
 
     async def load(self, settings: Settings) -> None:
         """Start what the file declares and what the store keeps. StoreUnavailable."""
+        for key in await self._store.documents(_DELETED):  # a stop came before their positions were gone
+            uuid = key.removeprefix(_DELETED)
+            await self._store.forget(uuid)
+            await self._store.delete_document(stream_key(uuid))
+            await self._store.delete_document(key)
         made = await self._store.documents(_MADE)
         self._toggled = {
             key.removeprefix(_TOGGLED): toggle for key, toggle in (await self._store.documents(_TOGGLED)).items()
@@ -72,10 +81,14 @@ class ControlPlane:
         for key, kept in made.items():
             uuid = key.removeprefix(_MADE)
             self._entries[uuid] = _Entry(uuid, kept["document"], kept["modified"])
-        self.apply(settings)
+        await self.apply(settings)
 
-    def apply(self, settings: Settings) -> None:
+    async def apply(self, settings: Settings) -> None:
         """Follow a config file: only mappings that it changes are touched; one that it dropped keeps its positions."""
+        async with self._lock:
+            await self._apply(settings)
+
+    async def _apply(self, settings: Settings) -> None:
         self._settings = settings
         declared = {item.uuid: item for item in settings.mappings}
         for entry in list(self._entries.values()):
@@ -84,6 +97,10 @@ class ControlPlane:
                 self._supervisor.remove(entry.uuid, forget=False)
         for item in declared.values():
             self._declare(item, settings.path)
+            toggle = self._toggled.get(item.uuid)
+            if toggle and toggle["declared"] != item.document["Enabled"]:
+                del self._toggled[item.uuid]  # the file has spoken since
+                await self._untoggle(item.uuid)
         for entry in self._entries.values():
             self._want(entry)
         for uuid, twin in self._twins():
@@ -112,9 +129,15 @@ class ControlPlane:
 
     def _is_enabled(self, entry: _Entry) -> bool:
         """A toggle through the API lasts until the file's own `Enabled` changes."""
-        enabled: bool = entry.document["Enabled"]
         toggle = self._toggled.get(entry.uuid) if entry.declared_in else None
-        return toggle["enabled"] if toggle and toggle["declared"] == enabled else enabled
+        enabled: bool = toggle["enabled"] if toggle else entry.document["Enabled"]
+        return enabled
+
+    async def _untoggle(self, uuid: MappingId) -> None:
+        try:
+            await self._store.delete_document(_TOGGLED + uuid)
+        except StoreUnavailable as error:  # the file is followed all the same; the next start may find the toggle
+            _log.error("toggle_not_forgotten", mapping=uuid, error=str(error))
 
     def _twins(self) -> Iterator[tuple[MappingId, MappingId]]:
         seen: dict[tuple[str, str], MappingId] = {}
@@ -152,11 +175,12 @@ class ControlPlane:
         """CreateEventSourceMapping. ApiError."""
         _refuse(check_create(document))
         normal = normalize(document)
-        self._refuse_duplicate(normal, None)
-        uuid = str(UUID(int=self._ids.getrandbits(128), version=4))
-        entry = _Entry(uuid, normal, wall_clock())
-        await self._keep(entry)
-        return self._describe(entry)
+        async with self._lock:
+            self._refuse_duplicate(normal, None)
+            uuid = str(UUID(int=self._ids.getrandbits(128), version=4))
+            entry = _Entry(uuid, normal, wall_clock())
+            await self._keep(entry)
+            return self._describe(entry)
 
     def get(self, uuid: str) -> dict[str, Any]:
         """GetEventSourceMapping. ApiError."""
@@ -170,29 +194,33 @@ class ControlPlane:
 
     async def update(self, uuid: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """UpdateEventSourceMapping. ApiError; a declared mapping may only be enabled and disabled."""
-        entry = self._find_live(uuid)
-        shown = {**entry.document, "Enabled": self._is_enabled(entry)}
-        _refuse(check_update(shown, changes))
-        merged = merge_update(shown, changes)
-        if entry.declared_in:
-            await self._toggle(entry, merged, shown)
-        else:
-            self._refuse_duplicate(merged, uuid)
-            entry = replace(entry, document=merged, modified=wall_clock())
-            await self._keep(entry)
-        return self._describe(entry)
+        async with self._lock:
+            entry = self._find_live(uuid)
+            shown = {**entry.document, "Enabled": self._is_enabled(entry)}
+            _refuse(check_update(shown, changes))
+            merged = merge_update(shown, changes)
+            if entry.declared_in:
+                await self._toggle(entry, merged, shown)
+            else:
+                self._refuse_duplicate(merged, uuid)
+                entry = replace(entry, document=merged, modified=wall_clock())
+                await self._keep(entry)
+            return self._describe(entry)
 
     async def delete(self, uuid: str) -> dict[str, Any]:
         """DeleteEventSourceMapping: the mapping stops, then its positions are forgotten. ApiError."""
-        entry = self._find_live(uuid)
-        if entry.declared_in:
-            raise _declared(entry)
-        # The document first: were the positions gone and the document not, a restart would deliver everything again.
-        await self._store.delete_document(_MADE + uuid)
-        if self._entries.pop(uuid, None):
+        async with self._lock:
+            entry = self._find_live(uuid)
+            if entry.declared_in:
+                raise _declared(entry)
+            # The document before the positions: with positions gone and the document not, a restart would deliver
+            # everything again. The mark first of all: the next start finishes what this one does not get to.
+            await self._store.put_document(_DELETED + uuid, {})
+            await self._store.delete_document(_MADE + uuid)
+            del self._entries[uuid]
             self._deleting[uuid] = entry
             self._supervisor.remove(uuid, forget=True)
-        return self._describe(entry)
+            return self._describe(entry)
 
     # --- helpers
 

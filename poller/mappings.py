@@ -152,8 +152,8 @@ FIELDS: tuple[MappingField, ...] = (
     MappingField(
         "EventSourceArn",
         Text("the ARN of a Kinesis stream, a DynamoDB stream or an SQS queue", most=10_000),
-        "ARN of the Kinesis stream, of a consumer registered with it (enhanced fan-out), of the DynamoDB stream (not the "
-        "table) or of the SQS queue.",
+        "ARN of the Kinesis stream, of a consumer registered with it (enhanced fan-out), of the DynamoDB stream (not "
+        "the table) or of the SQS queue.",
         uses=Uses.CREATE,
     ),
     MappingField(
@@ -678,15 +678,8 @@ def parse_source(arn: str) -> SourceSpec:
     for kind, pattern in _SOURCES.items():
         if parts := pattern.fullmatch(arn):
             name = parts["name"]
-            return SourceSpec(
-                kind,
-                arn,
-                parts["region"],
-                parts["account"],
-                name,
-                fifo=kind is SourceKind.SQS and name.endswith(".fifo"),
-                fan_out=kind is SourceKind.KINESIS and parts["consumer"] is not None,
-            )
+            fan_out = parts.groupdict().get("consumer") is not None
+            return SourceSpec(kind, arn, parts["region"], parts["account"], name, name.endswith(".fifo"), fan_out)
     if parts := re.fullmatch(_ARN + ":kinesis" + _PLACE + r"stream/(?P<name>[^/]+)/consumer(/.*)?", arn):
         message = (
             "is not the whole ARN of a consumer; give ConsumerARN of DescribeStreamConsumer, "

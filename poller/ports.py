@@ -17,6 +17,7 @@ from poller.core.model import (
     Reply,
     Row,
     ShardId,
+    StreamFacts,
 )
 
 
@@ -39,8 +40,8 @@ class StreamSource(Protocol):
         """Every page, closed shards included. SourceThrottled, SourceUnavailable, SourceGone, AccessDenied."""
         ...
 
-    async def retention(self) -> float:
-        """Seconds that the source keeps a record. Errors as `shards`."""
+    async def facts(self) -> StreamFacts:
+        """Retention and incarnation. Errors as `shards`."""
         ...
 
     async def iterator(self, shard: ShardId, at: Position) -> str:

@@ -40,7 +40,7 @@ class SigV4Auth:
     region: str | None = None
 
 
-_SHORTEST_SECRET_HEADER = 8
+_SHORTEST_SECRET = 8
 
 Auth: TypeAlias = BearerAuth | BasicAuth | SigV4Auth
 
@@ -148,18 +148,22 @@ class Settings:
     limits: LimitSettings = LimitSettings()
     checkpoint_interval: float = 0.1
     shutdown_grace: float = 25.0
+    filled: frozenset[str] = field(default=frozenset(), repr=False)
+    """What came through `${...}`: perhaps secrets."""
     warnings: tuple[str, ...] = ()
     """What is legal but looks wrong, each `FILE:LINE: place: sentence`, for the log and `validate`."""
 
     def secrets(self) -> frozenset[str]:
-        """Every value that must not be shown: tokens, passwords and header values of functions and server.
+        """Every value that must not be shown: tokens, passwords, header values, and what came through `${...}`.
 
-        Header values of less than 8 characters are no secrets: masked, they would black out half of every log line.
+        Header values and filled values of less than 8 characters are no secrets: masked, a port or a region would black
+        out half of every log line.
         """
-        found = {auth.token for auth in self.server.auth}
+        found = {value for value in self.filled if len(value) >= _SHORTEST_SECRET}
+        found |= {auth.token for auth in self.server.auth}
         for function in self.functions.values():
             if isinstance(function, HttpFunction):
-                found.update(value for _, value in function.headers if len(value) >= _SHORTEST_SECRET_HEADER)
+                found.update(value for _, value in function.headers if len(value) >= _SHORTEST_SECRET)
                 match function.auth:
                     case BearerAuth(token=token):
                         found.add(token)

@@ -15,13 +15,13 @@ from aiobotocore.config import AioConfig
 from aiobotocore.credentials import AioCredentials, AioRefreshableCredentials
 from aiobotocore.session import AioSession
 from botocore.credentials import ReadOnlyCredentials
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
 from poller import __version__
 from poller.aws.lean import EXPIRED_TOKEN_CODES, Credentials, LeanClient, safe_text, tcp_socket
-from poller.errors import AccessDenied, ConfigError, SourceUnavailable
+from poller.errors import AccessDenied, ConfigError, PollerError, SourceUnavailable
 from poller.settings import AwsSettings
 
 COLD_TIMEOUT = 60.0  # of one cold call with its repeat, whatever drips in
@@ -57,8 +57,11 @@ class _SessionCredentials:
             if current is None or self._rejected:
                 current = await self._load()
             return await current.get_frozen_credentials()
-        # A refresh that yields credentials which are expired already is a RuntimeError of botocore.
-        except (BotoCoreError, ClientError, RuntimeError) as error:
+        except PollerError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            # Providers run programs and read files of users, and let through whatever those bring up: a missing tool,
+            # an answer that is no JSON, credentials that are expired already.
             raise SourceUnavailable(f"AWS credentials cannot be loaded: {type(error).__name__}") from None
 
     def reject(self) -> None:
@@ -185,7 +188,7 @@ class AwsClients:
                             config=self._config,
                         )
                     )
-                except (BotoCoreError, ClientError) as error:
+                except Exception as error:  # noqa: BLE001  # it loads credentials too, see `frozen`
                     raise SourceUnavailable(f"{service}: no client can be made: {type(error).__name__}") from None
                 client.meta.events.register("after-call", self._after_call)
                 self._clients[key] = client

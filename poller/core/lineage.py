@@ -46,7 +46,9 @@ def plan(listing: Listing, rows: MappingABC[ShardId, Row], start: Position) -> P
     for row in known.values():
         if is_done(row):
             continue
-        waits = any(parent in listed and not is_done(known[parent]) for parent in row.parents)
+        # A parent that is not listed any more is waited for too while its row says that we are not done with it: its
+        # records may be in flight. Expired unread, its reader finds out that it is gone and ends it.
+        waits = any(parent in known and not is_done(known[parent]) for parent in row.parents)
         (blocked if waits else ready).append(row.shard)
     return Plan(create, tuple(ready), tuple(blocked), _forgettable(known, listed))
 

@@ -387,6 +387,16 @@ class MappingStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamFacts:
+    """What a stream says of itself. `retention`: seconds that it keeps a record. `incarnation`: another one when the
+    stream was deleted and made anew under its name; empty when that cannot be known.
+    """
+
+    retention: float
+    incarnation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StreamTraits:
     """How a kind of stream is read.
 

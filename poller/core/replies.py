@@ -69,12 +69,13 @@ def idempotency_key(
 ) -> str:
     """The same for every attempt at these records, also after a restart; never the same for other records.
 
-    A final invocation of a tumbling window has no records: its shard, window and state stand for them.
+    `shard` because sequence numbers are unique in a shard only. A final invocation of a tumbling window has no records:
+    its window and state stand for them.
     """
-    digest = hashlib.sha256(f"{mapping}\n{source_arn}\n".encode())
+    digest = hashlib.sha256(f"{mapping}\n{source_arn}\n{shard}\n".encode())
     digest.update("\n".join([record.id for record in records]).encode())
     if window is not None and not records:
-        digest.update(f"\n{shard}\n{window.start}\n{window.is_early}\n".encode() + window.state)
+        digest.update(f"\n{window.start}\n{window.is_early}\n".encode() + window.state)
     return digest.hexdigest()[:32]
 
 
@@ -143,7 +144,9 @@ def _judge_batch_response(answer: Any, records: Sequence[Record], *, ordered: bo
         return Delivered()
     if not isinstance(items, list):
         return Failed("batchItemFailures is not a list")
-    places = {record.id: place for place, record in enumerate(records)} if items else {}
+    places: dict[str, int] = {}
+    for index, record in enumerate(records if items else ()):
+        places.setdefault(record.id, index)  # of equal ids the first, so that no record is skipped
     failed: list[int] = []
     for item in items:
         name = item.get("itemIdentifier") if isinstance(item, dict) else None

@@ -1,4 +1,4 @@
-"""`poller demo`: the real daemon on an embedded local AWS, with one failing record to watch."""
+"""`poller demo`: the real daemon on an embedded local AWS, with one failing record and one reshard to watch."""
 
 import sys
 from importlib.util import find_spec

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 
 import aiohttp
@@ -39,7 +40,7 @@ libc = ctypes.CDLL(None)
 if hasattr(libc, "prctl"):
     libc.prctl(1, 9)
 if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+    os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
@@ -82,6 +83,21 @@ def free_ports(count: int) -> list[int]:
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
+def roto_server() -> str | None:
+    """The program that roto-aws installs; None without it, as it has no wheel for some platforms."""
+    try:
+        files = metadata.files("roto-aws") or []
+    except metadata.PackageNotFoundError:
+        return None
+    programs = [str(Path(str(file.locate())).resolve()) for file in files if file.name == "roto-server"]
+    return next((program for program in programs if os.access(program, os.X_OK)), None)
+
+
+def python_module(*arguments: str) -> list[str]:
+    """The command for `python -m ARGUMENTS` with this Python."""
+    return [sys.executable, "-P", "-m", *arguments]
+
+
 class Child:
     """A running child; its output goes to the file `log`."""
 
@@ -96,8 +112,8 @@ class Child:
         code = await self._process.wait()
         raise DemoFailedError(f"{self.name} ended by itself with {_meaning(code)}")
 
-    async def answers(self, session: aiohttp.ClientSession, url: str) -> None:
-        """Waits until `url` answers 200. DemoFailedError: the child died, or did not come up in time."""
+    async def answers(self, session: aiohttp.ClientSession, url: str, status: int = 200) -> None:
+        """Waits until `url` answers with `status`. DemoFailedError: the child died, or did not come up in time."""
         reason = ""
         try:
             async with asyncio.timeout(_START_SECONDS):
@@ -105,7 +121,7 @@ class Child:
                     with suppress(aiohttp.ClientError, TimeoutError):
                         async with session.get(url) as answer:
                             reason = f": {(await answer.text()).strip()}"
-                            if answer.ok:
+                            if answer.status == status:
                                 return
                     await asyncio.sleep(0.05)
         except TimeoutError:
@@ -137,12 +153,12 @@ class Child:
 
 
 @asynccontextmanager
-async def child(name: str, arguments: Sequence[str], home: Path, **variables: str) -> AsyncIterator[Child]:
-    """Runs `python -m ARGUMENTS` in a session of its own, so that Ctrl-C reaches the demo only; killed on leaving."""
+async def child(name: str, command: Sequence[str], home: Path, **variables: str) -> AsyncIterator[Child]:
+    """Runs `command`, a program by its full path first, in a session of its own, so that Ctrl-C reaches the demo only; killed on leaving."""
     log = home / f"{name}.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-c", _LEASHED, str(os.getpid()), "-P", "-m", *arguments),
+            *(sys.executable, "-P", "-c", _LEASHED, str(os.getpid()), *command),
             cwd=home,
             env={**os.environ, **variables},
             stdin=asyncio.subprocess.DEVNULL,

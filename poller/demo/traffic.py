@@ -2,9 +2,10 @@
 
 import asyncio
 import base64
+import hashlib
 import json
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ STREAM = TABLE = QUEUE = "orders"
 SHARDS = 4
 SOURCES = ("kinesis", "dynamodb", "sqs")
 _PER_SECOND = {"kinesis": 20.0, "dynamodb": 5.0, "sqs": 5.0}
-_CUSTOMERS = 30  # partition keys; their MD5 puts 7 or 8 of them into each of the four shards
+_CUSTOMERS = 30  # partition keys; their MD5 puts 7 to 8 of them into each of the four shards, 3 or 4 into each half of #2
 _ITEMS = 10
 
 
@@ -38,17 +39,28 @@ class Tally:
         self.waiting[self.produced] = now
         return self.produced
 
-    def take(self, record: "Arrival", now: float) -> None:
-        """The target took a record: for the first time, or again."""
+    def take(self, record: "Arrival", now: float) -> bool:
+        """The target took a record: true when for the first time."""
         since = self.waiting.pop(record.number, None)
         if since is None:
             self.duplicates += 1
-            return
+            return False
         self.delivered += 1
         self.latest, self.took = record.number, now - since
         for line, place in record.places.items():
             self.disorders += place <= self.places.get(line, -1)
             self.places[line] = place
+        return True
+
+
+@dataclass(slots=True)
+class Shard:
+    """A Kinesis shard: the hash keys it takes, first and last, and how many orders went in and came out."""
+
+    hash_keys: tuple[int, int]
+    parents: tuple[str, ...]
+    produced: int = 0
+    delivered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +100,23 @@ class Target:
 
     def __init__(self) -> None:
         self.tallies = {source: Tally() for source in SOURCES}
-        self.shards: dict[str, tuple[int, int]] = {}
-        """Kinesis shard -> how many records it gave, and the latest order number of them."""
+        self.shards: dict[str, Shard] = {}
+        """The Kinesis shards, those that a reshard closed too."""
+        self.early = 0
+        """How many records of a shard came before the last one of its parents."""
         self.arrivals: deque[str] = deque(maxlen=100)
         self.poison: Poison | None = None
+        self._slow: frozenset[str] = frozenset()
+        self._hurry = asyncio.Event()
         self._moved = asyncio.Event()
 
     async def handle(self, request: web.Request) -> web.Response:
         """One invocation: 500 while the batch holds the poison and it is not repaired, else 200."""
         event = await request.json()
-        now = asyncio.get_running_loop().time()
         records = [_read(record) for record in event["Records"]]
+        if records[0].shard in self._slow:
+            await self._hurry.wait()
+        now = asyncio.get_running_loop().time()
         attempt = int(request.headers["X-Poller-Attempt"])
         poisons = [record for record in records if record.is_poison]
         refused = bool(poisons) and self._refuses(poisons[0], attempt, now)
@@ -108,13 +126,27 @@ class Target:
         if refused:
             return web.Response(status=500)
         for record in records:
-            self.tallies[record.source].take(record, now)
-            if record.shard:
-                count, _ = self.shards.get(record.shard, (0, 0))
-                self.shards[record.shard] = (count + 1, record.number)
+            is_new = self.tallies[record.source].take(record, now)
+            if is_new and record.shard:
+                shard = self.shards[record.shard]
+                shard.delivered += 1
+                self.early += self.on_the_way(shard.parents) > 0
                 self._count_other(record.shard)
         self._moved.set()
         return web.Response()
+
+    def slow_down(self, shards: Iterable[str]) -> None:
+        """From now on invocations with records of these shards are not answered before `hurry`."""
+        self._slow, self._hurry = frozenset(shards), asyncio.Event()
+
+    def hurry(self) -> None:
+        """The end of `slow_down`."""
+        self._slow = frozenset()
+        self._hurry.set()
+
+    def on_the_way(self, shards: Iterable[str]) -> int:
+        """How many orders were put into these shards and are not delivered."""
+        return sum(self.shards[shard].produced - self.shards[shard].delivered for shard in shards)
 
     def _count_other(self, shard: str) -> None:
         poison = self.poison
@@ -143,6 +175,22 @@ class Target:
 def short(shard: str) -> str:
     """`#2` for `shardId-000000000002`, nothing for no shard."""
     return f"#{int(shard.rpartition('-')[2])}" if shard else ""
+
+
+def names(shards: Iterable[str]) -> str:
+    """`#4 and #5`."""
+    return " and ".join(map(short, shards))
+
+
+def _customer_in(hash_keys: tuple[int, int]) -> str:
+    """One whose orders go there: Kinesis hashes partition keys with MD5."""
+    first, last = hash_keys
+    customers = (f"customer-{number}" for number in range(_CUSTOMERS))
+    return next(
+        customer
+        for customer in customers
+        if first <= int(hashlib.md5(customer.encode(), usedforsecurity=False).hexdigest(), 16) <= last
+    )
 
 
 def _read(record: dict[str, Any]) -> Arrival:
@@ -179,6 +227,7 @@ class Producer:
         await kinesis.create_stream(StreamName=STREAM, ShardCount=SHARDS)
         await kinesis.get_waiter("stream_exists").wait(StreamName=STREAM, WaiterConfig={"Delay": 1})
         stream = await kinesis.describe_stream_summary(StreamName=STREAM)
+        await self._find_shards()
         table = await dynamodb.create_table(
             TableName=TABLE,
             KeySchema=[{"AttributeName": "id", "KeyType": "HASH"}],
@@ -202,12 +251,61 @@ class Producer:
     async def put_order(self, *, is_poison: bool = False) -> None:
         """One Kinesis record; `is_poison`: the one that the target will refuse."""
         async with self._one_at_a_time:
-            number = self._number("kinesis")
-            customer = f"customer-{number % _CUSTOMERS}"
-            data = json.dumps({"number": number, "customer": customer, "poison": is_poison}).encode()
-            if is_poison:
-                self._target.poison = Poison(number, customer)
-            await self._clients["kinesis"].put_record(StreamName=STREAM, Data=data, PartitionKey=customer)
+            await self._put(is_poison=is_poison)
+
+    async def split(self, parent: str) -> tuple[str, ...]:
+        """Splits a shard at the middle of its hash keys; the two children, which take what is put from now on."""
+        first, last = self._target.shards[parent].hash_keys
+        middle = str((first + last + 1) // 2)
+        split = self._clients["kinesis"].split_shard
+        return await self._reshard(
+            [parent], lambda: split(StreamName=STREAM, ShardToSplit=parent, NewStartingHashKey=middle)
+        )
+
+    async def merge(self, left: str, right: str) -> tuple[str, ...]:
+        """Merges two neighbours; their one child, which takes what is put from now on."""
+        merge = self._clients["kinesis"].merge_shards
+        return await self._reshard(
+            [left, right], lambda: merge(StreamName=STREAM, ShardToMerge=left, AdjacentShardToMerge=right)
+        )
+
+    async def _reshard(self, parents: list[str], change: Callable[[], Awaitable[object]]) -> tuple[str, ...]:
+        """The children. Nothing is put meanwhile, so the number of orders in the parents is final and known.
+
+        The last order in each parent is put just before, so that each has something to deliver before its end.
+        """
+        async with self._one_at_a_time:
+            for parent in parents:
+                await self._put(_customer_in(self._target.shards[parent].hash_keys))
+            await change()
+            await self._clients["kinesis"].get_waiter("stream_exists").wait(
+                StreamName=STREAM, WaiterConfig={"Delay": 1}
+            )
+            return await self._find_shards()
+
+    async def _find_shards(self) -> tuple[str, ...]:
+        """Tells the target of the shards that are new; answers them."""
+        listed = (await self._clients["kinesis"].list_shards(StreamName=STREAM))["Shards"]
+        new = {}
+        for shard in listed:
+            keys = shard["HashKeyRange"]
+            parents = (shard.get("ParentShardId"), shard.get("AdjacentParentShardId"))
+            if shard["ShardId"] not in self._target.shards:
+                new[shard["ShardId"]] = Shard(
+                    (int(keys["StartingHashKey"]), int(keys["EndingHashKey"])), tuple(filter(None, parents))
+                )
+        self._target.shards.update(new)
+        return tuple(sorted(new))
+
+    async def _put(self, customer: str = "", *, is_poison: bool = False) -> None:
+        """One Kinesis record, of the next customer in turn unless one is given."""
+        number = self._number("kinesis")
+        customer = customer or f"customer-{number % _CUSTOMERS}"
+        data = json.dumps({"number": number, "customer": customer, "poison": is_poison}).encode()
+        if is_poison:
+            self._target.poison = Poison(number, customer)
+        put = await self._clients["kinesis"].put_record(StreamName=STREAM, Data=data, PartitionKey=customer)
+        self._target.shards[put["ShardId"]].produced += 1
 
     async def _put_item(self) -> None:
         number = self._number("dynamodb")

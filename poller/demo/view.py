@@ -9,10 +9,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from poller.demo.traffic import SHARDS, SOURCES, Target, short
+from poller.demo.traffic import SOURCES, Target, names, short
 
 _STEP_LINES = 4
+_OTHER_LINES = 1 + (len(SOURCES) + 3) + (_STEP_LINES + 2)  # all but the shards and the arrivals
 _WIDE = 100  # columns in which a whole sequence number has room
+_SHORT = 6  # digits of it that are shown else
 
 
 class View(Protocol):
@@ -24,8 +26,8 @@ class View(Protocol):
         """Say what is to be seen from now on."""
         ...
 
-    def draw(self, shards: list[dict[str, Any]], seconds: float) -> None:
-        """Show the state `seconds` after the start. `shards`: of the Kinesis mapping, from `/api/status`."""
+    def draw(self, shards: dict[str, dict[str, Any]], seconds: float) -> None:
+        """Show the state `seconds` after the start. `shards`: of the Kinesis mapping, from `/api/status`, by id."""
         ...
 
     def end(self) -> None:
@@ -57,13 +59,15 @@ class Lines:
         """Implements View."""
         print(f"\n>> {text}\n", flush=True)
 
-    def draw(self, shards: list[dict[str, Any]], seconds: float) -> None:
-        """`4 s  delivered/produced: kinesis 78/80  dynamodb 20/20  sqs 20/20  shards: #0 running  #1 BLOCKED ...`."""
+    def draw(self, shards: dict[str, dict[str, Any]], seconds: float) -> None:
+        """`4 s  delivered/produced: kinesis 78/80  dynamodb 20/20  sqs 20/20  shards: #0 running  #1 BLOCKED ...`"""
         counts = "  ".join(
             f"{source} {tally.delivered}/{tally.produced}" for source, tally in self._target.tallies.items()
         )
-        states = "  ".join(f"{short(shard['id'])} {_held_by(shard) or shard['state']}" for shard in shards)
-        print(f"{seconds:3.0f} s  delivered/produced: {counts}  shards: {states}", flush=True)
+        states = [f"{short(shard)} {_state(self._target, shard, shards)}" for shard in _not_done(self._target, shards)]
+        if done := _done(shards):
+            states.append(f"done {names(done)}")
+        print(f"{seconds:3.0f} s  delivered/produced: {counts}  shards: {'  '.join(states)}", flush=True)
 
     def end(self) -> None:
         """Implements View."""
@@ -90,15 +94,17 @@ class Screen:
         """Implements View."""
         self._step = text
 
-    def draw(self, shards: list[dict[str, Any]], seconds: float) -> None:
+    def draw(self, shards: dict[str, dict[str, Any]], seconds: float) -> None:
         """Implements View."""
         layout = Layout()
+        lines = len(_not_done(self._target, shards)) + 3
+        title = f"Kinesis shards, done: {names(_done(shards))}" if _done(shards) else "Kinesis shards"
         layout.split_column(
             Layout(self._head(seconds), size=1),
             Layout(_panel(self._sources(), "Sources"), size=len(SOURCES) + 3),
-            Layout(_panel(self._shards(shards), "Kinesis shards"), size=SHARDS + 3),
+            Layout(_panel(self._shards(shards), title), size=lines),
             Layout(self._story(), size=_STEP_LINES + 2),
-            Layout(self._arrivals()),
+            Layout(self._arrivals(lines)),
         )
         self._live.update(layout, refresh=True)
 
@@ -129,29 +135,29 @@ class Screen:
             table.add_row(source, str(tally.produced), str(tally.delivered), waiting, str(tally.latest or "-"), took)
         return table
 
-    def _shards(self, shards: list[dict[str, Any]]) -> Table:
+    def _shards(self, shards: dict[str, dict[str, Any]]) -> Table:
         is_wide = self._live.console.width >= _WIDE
-        table = _table("Shard", ">Delivered", ">Latest", ">Age", "State")
-        for column, width in zip(table.columns, (5, 9, 7, 7), strict=False):
+        table = _table("Shard", ">Produced", ">Delivered", ">Age", "State")
+        for column, width in zip(table.columns, (5, 9, 9, 7), strict=False):
             column.width = width
         table.columns[-1].ratio = 1
-        for shard in shards:
-            count, latest = self._target.shards.get(shard["id"], (0, 0))
-            held_by = _held_by(shard, is_wide=is_wide)
-            age = shard["iterator_age_seconds"]
+        for shard in _not_done(self._target, shards):
+            counted = self._target.shards[shard]
+            age = shards[shard]["iterator_age_seconds"] if shard in shards else None
+            state = _state(self._target, shard, shards, is_wide=is_wide)
+            style = "bold red" if state.startswith("BLOCKED") else "green" if state == "running" else "yellow"
             table.add_row(
-                short(shard["id"]),
-                str(count),
-                str(latest or "-"),
+                short(shard),
+                str(counted.produced),
+                str(counted.delivered),
                 "-" if age is None else f"{age:.1f} s",
-                Text(held_by, "bold red") if held_by else Text(shard["state"], "green"),
+                Text(state, style),
             )
         return table
 
-    def _arrivals(self) -> Text:
+    def _arrivals(self, shard_lines: int) -> Text:
         """As many of the latest as fit the terminal, a line each."""
-        console = self._live.console
-        room = max(1, console.height - 1 - (len(SOURCES) + 3) - (SHARDS + 3) - (_STEP_LINES + 2) - 1)
+        room = max(1, self._live.console.height - _OTHER_LINES - shard_lines - 1)
         latest = list(self._target.arrivals)[-room:]
         text = Text(" Latest invocations: source, shard, answer, orders\n", "dim", overflow="ellipsis", no_wrap=True)
         for line in latest:
@@ -159,13 +165,29 @@ class Screen:
         return text
 
 
-def _held_by(shard: dict[str, Any], *, is_wide: bool = False) -> str:
-    """What blocks a shard: the failing batch, by its first sequence number; empty when nothing does."""
-    if not shard["blocked_seconds"]:
-        return ""
-    first: str = shard["first_sequence"]
-    sequence = first if is_wide else f"…{first[-6:]}"
-    return f"BLOCKED {shard['blocked_seconds']:.1f} s, attempt {shard['attempts']}, by {sequence}"
+def _done(shards: dict[str, dict[str, Any]]) -> list[str]:
+    return sorted(shard for shard, status in shards.items() if status["state"] == "done")
+
+
+def _not_done(target: Target, shards: dict[str, dict[str, Any]]) -> list[str]:
+    """The shards that have a line of their own: six at most, while one is split or two are merged."""
+    return sorted(set(target.shards) - set(_done(shards)))
+
+
+def _state(target: Target, shard: str, shards: dict[str, dict[str, Any]], *, is_wide: bool = False) -> str:
+    """What a shard is doing, and what holds it: a batch that fails, by its first sequence number, or its parents."""
+    if parents := [parent for parent in target.shards[shard].parents if parent not in _done(shards)]:
+        return f"waits for {names(parents)}"
+    if shard not in shards:
+        return "found next"
+    status = shards[shard]
+    if status["blocked_seconds"]:
+        first: str = status["first_sequence"]
+        sequence = first if is_wide or len(first) <= _SHORT else f"…{first[-_SHORT:]}"
+        return f"BLOCKED {status['blocked_seconds']:.1f} s, attempt {status['attempts']}, by {sequence}"
+    if status["state"] == "ending":
+        return f"ending, {status['held']} to deliver"
+    return str(status["state"])
 
 
 def _table(*columns: str) -> Table:

@@ -32,6 +32,15 @@ class Saved(Protocol):
         ...
 
 
+def _position(shard: Saved) -> Checkpoint | None:
+    """The checkpointer saves for everybody: a shard that cannot say its position must not end it."""
+    try:
+        return shard.checkpoint()
+    except Exception as error:  # noqa: BLE001
+        _log.error("position_unknown", mapping=shard.lease.mapping, shard=shard.lease.shard, exc_info=error)
+        return None
+
+
 class Checkpointer:
     """Saves the first change at once and further ones together, `interval` seconds apart.
 
@@ -65,7 +74,7 @@ class Checkpointer:
             changes = [
                 (shard, checkpoint)
                 for shard in shards
-                if (checkpoint := shard.checkpoint()) is not None and checkpoint != shard.saved
+                if (checkpoint := _position(shard)) is not None and checkpoint != shard.saved
             ]
             if not changes:
                 continue

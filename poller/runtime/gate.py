@@ -5,16 +5,20 @@ from types import TracebackType
 
 
 class Gate:
-    """Slots of one function, first come first served. `limit` None: as many as are asked for."""
+    """Slots of one function, first come first served. `limit` None: as many as are asked for.
+
+    `users`: mappings that share it.
+    """
 
     def __init__(self, limit: int | None) -> None:
+        self.users = 0
         self._slots = asyncio.Semaphore(limit) if limit is not None else None
         self._waiting = 0
 
     @property
-    def is_contended(self) -> bool:
-        """Somebody is waiting for a slot."""
-        return self._waiting > 0
+    def is_scarce(self) -> bool:
+        """Somebody waits for a slot, or another mapping may want one at any moment."""
+        return self._waiting > 0 or (self._slots is not None and self.users > 1)
 
     async def __aenter__(self) -> None:
         if self._slots is None:

@@ -25,9 +25,10 @@ _log = structlog.get_logger(__name__)
 RECEIVE_LOOPS = 5  # AWS starts with five batches at once
 LONG_POLL = 20.0
 # While messages are held in a window, so that a stop need not cut a poll off: SQS would hand the messages that go back
-# to the dead poll. And while others wait for the slot that a poll holds.
+# to the dead poll. And where others may want the slot that a poll holds.
 SHORT_POLL = 1.0
 STOP_POLL = 1.5  # how long a stop waits for polls to end by themselves; the idle long ones are then cut off
+GIVE_BACK = 5.0  # how long a stop tries to return messages
 VISIBILITY_RESERVE = 30.0  # AWS receives with window + timeout + 30 s when the queue's own timeout is shorter
 _MESSAGES_PER_RECEIVE = 10
 
@@ -83,6 +84,13 @@ class QueueRunner:
 
     async def run(self) -> None:
         """Work until `stop`. What was received and not invoked goes back to the queue at once."""
+        try:
+            await self._run()
+        finally:
+            if self._source is not None:
+                await self._source.close()
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             opener = tasks.create_task(self._open(tasks))
             await self._stopping.asked.wait()
@@ -92,9 +100,12 @@ class QueueRunner:
                     loop.task.cancel()  # it waits for a slot, or out of trouble
             await self._end_receives()
             await self._stopping.drain([loop.task for loop in self._loops if loop.task])
-        if self._source is not None:
-            await self._give_back([record for loop in self._loops if not loop.is_delivering for record in loop.held])
-            await self._source.close()
+        held = [record for loop in self._loops if not loop.is_delivering for record in loop.held]
+        try:
+            async with asyncio.timeout(GIVE_BACK):
+                await self._give_back(held)
+        except TimeoutError:
+            self._warn("messages_not_returned", messages=len(held), meaning="they come back when their visibility ends")
 
     async def _end_receives(self) -> None:
         """A receive that is under way may bring messages: wait a little for it, then cut the idle long polls off.
@@ -153,7 +164,7 @@ class QueueRunner:
         """
         failures = 0
         while not self._stopping.asked.is_set():
-            if not is_first:
+            if not is_first and any(other.is_receiving for other in self._loops):
                 await self._wanted.acquire()
             try:
                 async with self._pipe.gate:
@@ -183,7 +194,7 @@ class QueueRunner:
         The window starts with the first message; an empty one does not run. A long poll never outlasts it.
         """
         policy = self._mapping.batch
-        wait = SHORT_POLL if self._pipe.gate.is_contended else LONG_POLL
+        wait = SHORT_POLL if self._pipe.gate.is_scarce else LONG_POLL
         await self._receive(source, loop, policy.size, wait)
         if not loop.held or policy.window == 0:
             return
@@ -211,8 +222,19 @@ class QueueRunner:
         self._pipe.observer.polled("ReceiveMessage", "success", len(records))
 
     async def _deliver(self, source: QueueSource, loop: _Loop) -> None:
-        """Invoke with what is held, one payload after the other."""
+        """Invoke with what is held, one payload after the other, while it is ours: an expired receipt is never invoked,
+        and what is left goes back when the next invocation might outlive it.
+        """
+        is_further = False
         while loop.held and not self._stopping.asked.is_set():
+            now = self._clock.now()
+            loop.held = [record for record in loop.held if record.expires > now]
+            if is_further and any(record.expires <= now + self._pipe.target.timeout for record in loop.held):
+                await self._give_back(loop.held)
+                loop.held = []
+            if not loop.held:
+                return
+            is_further = True
             records = split(loop.held, self._mapping.batch)
             loop.is_delivering = True
             outcome = await self._invoke(loop, records)

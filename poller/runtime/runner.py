@@ -47,29 +47,29 @@ class Runner(Protocol):
 
 
 class Stopping:
-    """A stop that was asked for: until when what is in flight may go on."""
+    """A stop that was asked for. `deadline`: until when what is in flight may go on; inf: as long as it takes."""
 
     def __init__(self, clock: Clock, mapping: Mapping) -> None:
         self._clock = clock
         self._mapping = mapping
-        self._deadline = inf
+        self.deadline = inf
         self._changed = asyncio.Event()
         self.asked = asyncio.Event()
 
     def ask(self, grace: float) -> None:
         """Stop within `grace` seconds from now, or sooner if that was asked before."""
-        self._deadline = min(self._deadline, self._clock.now() + grace)
+        self.deadline = min(self.deadline, self._clock.now() + grace)
         self.asked.set()
         self._changed.set()
 
     async def drain(self, tasks: Iterable[asyncio.Task[None]]) -> None:
         """Wait until every task has ended; cut off those that have not at the deadline."""
         pending = {task for task in tasks if not task.done()}
-        while pending and self._clock.now() < self._deadline:
+        while pending and self._clock.now() < self.deadline:
             self._changed.clear()
             async with asyncio.TaskGroup() as group:
                 changed = group.create_task(self._changed.wait())
-                timeout = None if self._deadline == inf else max(0.0, self._deadline - self._clock.now())
+                timeout = None if self.deadline == inf else max(0.0, self.deadline - self._clock.now())
                 await asyncio.wait({*pending, changed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 changed.cancel()
             pending = {task for task in pending if not task.done()}

@@ -179,15 +179,13 @@ class ShardWorker:
     async def _run_lane(self, lane: int) -> None:
         """Work off a lane while it is due: a slot first, then the work."""
         try:
-            while True:
+            while self._flow.due_at()[lane] <= self._clock.now():  # else it would queue for a slot in vain
                 async with self._pipe.gate:
                     work = self._flow.take(lane, self._clock.now())
                     if isinstance(work, Batch):
                         await self._invoke(work)
                 if isinstance(work, Discard):
                     self._discard(work)
-                if work is None:
-                    return
         finally:
             self._lanes.pop(lane, None)
             self._wake.set()
@@ -276,8 +274,13 @@ class ShardWorker:
                 continue
             except PositionTrimmed as error:
                 self.observer.polled(operation, "error", 0)
-                self._lose_records(str(error))
+                if self._at != TRIM_HORIZON:
+                    self._report_loss(str(error))
+                self._at = TRIM_HORIZON  # what lies between is lost
                 iterator = None
+                failures += 1
+                if failures > 1:
+                    await self._pause(failures, None)
                 continue
             except SourceGone as error:
                 self.observer.polled(operation, "error", 0)
@@ -292,6 +295,15 @@ class ShardWorker:
                 if not throttled or failures > 1:
                     self._set_problem(str(error))
                 await self._pause(failures, error.retry_after if isinstance(error, SourceThrottled) else None)
+                continue
+            except Exception as error:  # noqa: BLE001  # a defect in reading must not cut off what is in flight
+                self.observer.polled(operation, "error", 0)
+                failures += 1
+                iterator = None
+                self._set_problem(f"{type(error).__name__}: {error}")
+                mapping = self._pipe.mapping
+                _log.error("read_crashed", mapping=mapping.id, shard=self.lease.shard, exc_info=error)
+                await self._pause(failures, None)
                 continue
             finally:
                 self._reserved = 0
@@ -317,6 +329,8 @@ class ShardWorker:
                 nbytes = max(nbytes, _SMALL_READ_BYTES)
             if room and nbytes >= _SMALL_READ_BYTES:
                 limit = min(room, self._traits.fetch_limit, max(1, nbytes // self._record_bytes))
+                if not self._flow.newest and self._context.budget.left() < _SMALL_READ_BYTES:
+                    limit = 1  # nobody knows yet how large its records are
                 if not self._traits.is_pushed:
                     self._reserved = limit * self._record_bytes
                 self._account()
@@ -335,9 +349,8 @@ class ShardWorker:
 
     async def _new_iterator(self) -> str:
         position = self._position()
+        self._is_fresh = False  # LATEST is asked for once, answered or not: what came in between would be lost
         iterator = await self._source.iterator(self.lease.shard, position)
-        if position.kind is PositionKind.LATEST:
-            self._is_fresh = False  # LATEST is never resolved a second time: what came between would be lost
         self._expected = position.value if position.kind is PositionKind.AT else ""
         if not self._is_stopped:
             self.state = ShardState.RUNNING
@@ -371,15 +384,13 @@ class ShardWorker:
             self._expected = ""
         if self._floor > -inf:
             records = tuple([record for record in records if record.arrival >= self._floor])
+            if not records:
+                return  # the row stays at LATEST: a position would outlive the floor, which only it names
+            self._floor = -inf
         self._flow.admit(records, fetch.newest, self._clock.now())
         self._account()
         self._context.checkpointer.moved(self)
         self._wake.set()
-
-    def _lose_records(self, reason: str) -> None:
-        """The position has left retention: go on at the horizon. What lies between is lost, and that is said."""
-        self._report_loss(reason)
-        self._at = TRIM_HORIZON
 
     def _report_loss(self, reason: str) -> None:
         self.observer.lost(self.lease.shard, 1)

@@ -12,8 +12,20 @@ from math import inf
 import structlog
 
 from poller.core import lineage
-from poller.core.model import END, Checkpoint, Lease, PositionKind, Row, ShardId, ShardState, ShardStatus
-from poller.errors import PollerError, SourceThrottled, StoreUnavailable
+from poller.core.model import (
+    END,
+    TRIM_HORIZON,
+    Checkpoint,
+    Lease,
+    MappingId,
+    PositionKind,
+    Row,
+    ShardId,
+    ShardState,
+    ShardStatus,
+    StreamFacts,
+)
+from poller.errors import AccessDenied, PollerError, SourceGone, SourceThrottled, SourceUnavailable, StoreUnavailable
 from poller.ports import StreamSource
 from poller.runtime.context import Context, Pipe
 from poller.runtime.runner import Stopping
@@ -23,7 +35,19 @@ from poller.runtime.waiting import sleep_until, wait_until
 _log = structlog.get_logger(__name__)
 
 LISTING_INTERVAL = 30.0  # besides at the end of each shard
+FRESH = 1.0  # how long after its row a LATEST iterator still means the same moment
 _RELEASE_TRIES = 5
+
+
+def stream_key(mapping: MappingId) -> str:
+    """The store's document that says which stream the positions of a mapping belong to."""
+    return f"stream/{mapping}"
+
+
+def _is_replaced(known: dict[str, str], now: dict[str, str]) -> bool:
+    if known["arn"] != now["arn"]:
+        return True
+    return bool(known["incarnation"] and now["incarnation"]) and known["incarnation"] != now["incarnation"]
 
 
 class StreamRunner:
@@ -38,12 +62,14 @@ class StreamRunner:
         self._mapping = pipe.mapping
         self._problem = ""
         self._source: StreamSource | None = None
+        self._identity: dict[str, str] | None = None
+        self._start = pipe.mapping.start
         self._stopping = Stopping(context.clock, pipe.mapping)
         self._list_now = asyncio.Event()
         self._tasks: dict[ShardId, asyncio.Task[None]] = {}
         self._workers: dict[ShardId, ShardWorker] = {}
         self._idle: dict[ShardId, ShardState] = {}  # shards as of the last listing; a worker knows better
-        self._fresh: set[ShardId] = set()  # LATEST rows that this runner created and nobody has read from
+        self._fresh: dict[ShardId, float] = {}  # LATEST rows that this runner created, and when
         self._gone: set[ShardId] = set()  # shards that the source denied to know
         self._failures: dict[ShardId, int] = {}
 
@@ -68,6 +94,13 @@ class StreamRunner:
 
     async def run(self) -> None:
         """Work until `stop`."""
+        try:
+            await self._run()
+        finally:
+            if self._source is not None:
+                await self._source.close()
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tender = tasks.create_task(self._tend(tasks))
             await self._stopping.asked.wait()
@@ -78,8 +111,6 @@ class StreamRunner:
         async with asyncio.TaskGroup() as tasks:
             for worker in self._workers.values():  # cut off: the last write belongs to the parent, not to the task
                 tasks.create_task(self._release(worker, worker.checkpoint()))
-        if self._source is not None:
-            await self._source.close()
 
     # --- discovery
 
@@ -95,6 +126,8 @@ class StreamRunner:
             except PollerError as error:
                 failures += 1
                 self._set_problem(str(error))
+                if isinstance(error, SourceGone):
+                    self._identity = None  # when it comes back it may be another stream
                 retry_after = error.retry_after if isinstance(error, SourceThrottled) else None
                 delay = self._context.trouble.delay(failures, retry_after)
                 await sleep_until(self._clock, self._clock.now() + delay)
@@ -105,12 +138,17 @@ class StreamRunner:
 
     async def _discover(self, source: StreamSource, tasks: asyncio.TaskGroup) -> None:
         listing = await source.shards()
+        if self._identity is None:
+            await self._identify(source)
         self.is_reached = True
         store, mapping = self._context.store, self._mapping.id
-        plan = lineage.plan(listing, await store.load(mapping), self._mapping.start)
+        plan = lineage.plan(listing, await store.load(mapping), self._start)
         if plan.create:
             await store.create(mapping, plan.create)
-            self._fresh.update(row.shard for row in plan.create if row.checkpoint.position.kind is PositionKind.LATEST)
+            now = self._clock.now()
+            self._fresh.update(
+                (row.shard, now) for row in plan.create if row.checkpoint.position.kind is PositionKind.LATEST
+            )
         if plan.delete:
             await store.forget(mapping, plan.delete)
         rows = await store.load(mapping)  # again: a shard may have ended since, and must not be started from its end
@@ -123,8 +161,30 @@ class StreamRunner:
             if shard not in self._tasks:
                 has_expired = shard in self._gone and shard not in listed
                 self._tasks[shard] = tasks.create_task(self._run_shard(source, rows[shard], has_expired=has_expired))
-        if self.retention is None:
-            self.retention = await source.retention()
+
+    async def _identify(self, source: StreamSource) -> None:
+        """Is it still the stream that the stored positions belong to? Positions of a stream that was deleted and made
+        anew would hide its records: shards with the same names that are "done", or floors above every new record.
+        """
+        try:
+            facts = await source.facts()
+        except AccessDenied as error:  # of a right that reading does not need
+            self._log(_log.warning, "stream_facts_unknown", error=str(error))
+            facts = StreamFacts(inf)
+        self.retention = facts.retention if facts.retention < inf else None
+        store, key = self._context.store, stream_key(self._mapping.id)
+        identity = {"arn": self._mapping.source.arn, "incarnation": facts.incarnation}
+        known = (await store.documents(key)).get(key)
+        if known is not None and _is_replaced(known, identity):
+            if self._tasks:
+                raise SourceUnavailable("the stream was replaced by another one; its shards must end first")
+            self._log(_log.error, "stream_replaced", was=known, now=identity, meaning="its positions are dropped")
+            await store.forget(self._mapping.id)
+            if known["arn"] == identity["arn"]:
+                self._start = TRIM_HORIZON  # whatever is in it came after what we knew
+        if known != identity:
+            await store.put_document(key, identity)
+        self._identity = identity
 
     def _set_problem(self, problem: str) -> None:
         if problem and problem != self._problem:
@@ -171,8 +231,8 @@ class StreamRunner:
         if has_expired:
             await self._bury(lease)
             return True
-        worker = ShardWorker(self._context, self._pipe, source, row, lease, is_fresh=row.shard in self._fresh)
-        self._fresh.discard(row.shard)
+        is_fresh = self._clock.now() - self._fresh.pop(row.shard, -inf) <= FRESH
+        worker = ShardWorker(self._context, self._pipe, source, row, lease, is_fresh=is_fresh)
         self._workers[row.shard] = worker
         await worker.run()
         if worker.is_lost:
@@ -198,7 +258,7 @@ class StreamRunner:
         )
 
     async def _release(self, worker: ShardWorker, checkpoint: Checkpoint | None) -> None:
-        """Write the last position and give the lease up; a store that is away is asked a few times."""
+        """Write the last position and give the lease up; a store that is away is asked again, within the grace."""
         shard = worker.lease.shard
         self._context.checkpointer.drop(worker)
         for tries in range(1, _RELEASE_TRIES + 1):
@@ -207,7 +267,10 @@ class StreamRunner:
                 break
             except StoreUnavailable as error:
                 self._log(_log.error, "release_failed", shard=shard, error=str(error), tries=tries)
-                await sleep_until(self._clock, self._clock.now() + self._context.trouble.delay(tries))
+                again_at = self._clock.now() + self._context.trouble.delay(tries)
+                if again_at >= self._stopping.deadline:
+                    break
+                await sleep_until(self._clock, again_at)
         if checkpoint is not None and checkpoint.position == END:
             self._idle[shard] = ShardState.DONE
         del self._workers[shard]

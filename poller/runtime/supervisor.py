@@ -16,11 +16,11 @@ import structlog
 
 from poller.core.model import Mapping, MappingId, MappingStatus
 from poller.errors import PollerError, StoreUnavailable
-from poller.runtime.context import Context, LastResult, Pipe
+from poller.runtime.context import TROUBLE_MAXIMUM, Context, LastResult, Pipe
 from poller.runtime.queue_runner import QueueRunner
 from poller.runtime.runner import Runner
-from poller.runtime.stream_runner import StreamRunner
-from poller.runtime.waiting import sleep_until, wait_until
+from poller.runtime.stream_runner import StreamRunner, stream_key
+from poller.runtime.waiting import wait_until
 
 _log = structlog.get_logger(__name__)
 
@@ -46,6 +46,10 @@ class Plumbing(Protocol):
         """The mapping does not use the pipe any more."""
         ...
 
+    def forgotten(self, mapping: MappingId) -> None:
+        """The mapping is gone."""
+        ...
+
 
 class _Kept:
     """One mapping under a keeper. `wanted` None: stop for good; `forget`: and delete its positions.
@@ -59,6 +63,7 @@ class _Kept:
         self.forget = False
         self.state = "Creating"
         self.problem = ""
+        self.is_reached = False  # by any runner of this mapping since the start
         self.result = LastResult()
         self.runner: Runner | None = None
         self.changed = asyncio.Event()
@@ -106,6 +111,7 @@ class Supervisor:
             return
         if kept.wanted == wanted:
             return
+        kept.forget = False
         was_enabled = kept.mapping.enabled
         kept.wanted, kept.mapping = wanted, wanted.mapping
         if wanted.mapping.enabled == was_enabled:
@@ -130,33 +136,38 @@ class Supervisor:
     async def _keep(self, kept: _Kept) -> None:
         """Make what runs follow what is wanted, until it is wanted no more."""
         failures = 0
+        clock = self._context.clock
         while (wanted := kept.wanted) is not None:
             kept.changed.clear()
             if not wanted.mapping.enabled:
                 kept.state = "Disabled"
                 await kept.changed.wait()
                 continue
+            started = clock.now()
             try:
                 await self._run(kept, wanted)
             except Exception as error:  # noqa: BLE001  # one bad mapping never stops another
-                failures += 1
+                failures = failures + 1 if clock.now() - started < TROUBLE_MAXIMUM else 1
                 kept.runner, kept.problem = None, f"{type(error).__name__}: {error}"
                 self._log_crash(kept, error)
-                delay = self._context.trouble.delay(failures)
-                await wait_until(kept.changed, self._context.clock, self._context.clock.now() + delay)
+                await wait_until(kept.changed, clock, clock.now() + self._context.trouble.delay(failures))
         if self._grace is None:
             await self._finish(kept)
 
     async def _run(self, kept: _Kept, wanted: Wanted) -> None:
         pipe = await self._plumbing.connect(wanted, kept.result)
         kept.problem = ""
-        if kept.wanted is wanted:
-            make = StreamRunner if wanted.mapping.source.kind.is_stream else QueueRunner
-            kept.runner = make(self._context, pipe)
-            kept.state = "Enabled"
-            await kept.runner.run()
-            kept.runner = None
-        await self._plumbing.disconnect(pipe)
+        try:
+            if kept.wanted is wanted:
+                make = StreamRunner if wanted.mapping.source.kind.is_stream else QueueRunner
+                kept.runner = make(self._context, pipe)
+                kept.state = "Enabled"
+                await kept.runner.run()
+        finally:
+            if kept.runner is not None:
+                kept.is_reached = kept.is_reached or kept.runner.is_reached
+                kept.runner = None
+            await self._plumbing.disconnect(pipe)
 
     def _log_crash(self, kept: _Kept, error: Exception) -> None:
         ids = {"mapping": kept.mapping.id, "function": kept.mapping.function.name}
@@ -166,19 +177,21 @@ class Supervisor:
             _log.error("mapping_crashed", exc_info=error, **ids)
 
     async def _finish(self, kept: _Kept) -> None:
-        """The mapping is gone; a store that is away keeps it in state Deleting until its positions are deleted."""
-        failures = 0
-        while kept.forget:
+        """The mapping is gone; a store that is away keeps it in state Deleting until its positions are deleted, or the
+        daemon stops: then the next start deletes them.
+        """
+        failures, store, clock = 0, self._context.store, self._context.clock
+        while kept.forget and self._grace is None:
             try:
-                await self._context.store.forget(kept.mapping.id)
+                await store.forget(kept.mapping.id)
+                await store.delete_document(stream_key(kept.mapping.id))
                 break
             except StoreUnavailable as error:
                 failures += 1
                 _log.error("forget_failed", mapping=kept.mapping.id, error=str(error))
-                await sleep_until(
-                    self._context.clock, self._context.clock.now() + self._context.trouble.delay(failures)
-                )
+                await wait_until(self._stop, clock, clock.now() + self._context.trouble.delay(failures))
         del self._kept[kept.mapping.id]
+        self._plumbing.forgotten(kept.mapping.id)
 
     # --- what is seen
 
@@ -217,10 +230,11 @@ class Supervisor:
         return [kept.mapping.id for kept in self._kept.values() if kept.task is not None and kept.task.done()]
 
     def unready(self) -> Sequence[str]:
-        """Enabled mappings whose source has not answered since they started."""
+        """Enabled mappings whose source has not answered since the start of the daemon."""
         return [
             f"mapping {kept.mapping.id} ({kept.mapping.source.arn}) has not reached its source"
             + (f": {problem}" if (problem := kept.runner.problem if kept.runner else kept.problem) else "")
             for kept in self._kept.values()
-            if kept.mapping.enabled and kept.wanted is not None and not (kept.runner and kept.runner.is_reached)
+            if kept.mapping.enabled and kept.wanted is not None
+            if not (kept.is_reached or (kept.runner and kept.runner.is_reached))
         ]

@@ -8,7 +8,18 @@ import msgspec
 from poller.aws.errors import ErrorTable, translate, translated
 from poller.aws.lean import AwsError, LeanClient, parse
 from poller.aws.session import COLD_TIMEOUT, AwsClients, answered_at
-from poller.core.model import Fetch, Listing, Position, PositionKind, Record, Shard, ShardId, SourceSpec, StreamTraits
+from poller.core.model import (
+    Fetch,
+    Listing,
+    Position,
+    PositionKind,
+    Record,
+    Shard,
+    ShardId,
+    SourceSpec,
+    StreamFacts,
+    StreamTraits,
+)
 from poller.errors import IteratorExpired, PositionTrimmed, SourceUnavailable
 from poller.ports import Clock
 
@@ -147,9 +158,9 @@ class DynamoSource:
                 return Listing(tuple(shards), at)
             page["ExclusiveStartShardId"] = last
 
-    async def retention(self) -> float:
-        """Seconds that the stream keeps a record: always a day."""
-        return RETENTION
+    async def facts(self) -> StreamFacts:
+        """It keeps a record for a day, always; made anew it has another ARN."""
+        return StreamFacts(RETENTION)
 
     async def iterator(self, shard: ShardId, at: Position) -> str:
         """A read token, good for fifteen minutes. LATEST is the tip of now, whatever its value."""

@@ -1,8 +1,8 @@
 """Kinesis Data Streams, read by enhanced fan-out: a SubscribeToShard for each shard (semantics.md 2.1).
 
-    subscribe --> event --> handed out, `limit` records a fetch --> next event --> ... --> event with ChildShards: the end
+    subscribe --> event --> handed out, `limit` records a fetch --> next event --> ... --> ChildShards: the shard's end
         ^                              |
-        +-- ended after 5 minutes, broken, silent, not read for a while: again, from the token of the last hand-out
+        +-- ended after 5 minutes, broken, silent, left unread: again, from the token of the last hand-out
 
 A token is the StartingPosition of what comes next, so that a subscription may be given up at any moment without losing
 anything. The call is documented for HTTP/2; like botocore's clients this one speaks HTTP/1.1.
@@ -22,7 +22,7 @@ from botocore.eventstream import EventStreamBuffer, EventStreamMessage, ParserEr
 from poller.aws.errors import ErrorTable, translate
 from poller.aws.lean import AwsError, describe, parse, safe_text
 from poller.aws.session import AwsClients
-from poller.core.model import Fetch, Listing, Position, PositionKind, ShardId, SourceSpec, StreamTraits
+from poller.core.model import Fetch, Listing, Position, PositionKind, ShardId, SourceSpec, StreamFacts, StreamTraits
 from poller.errors import IteratorExpired, PollerError, PositionTrimmed, SourceThrottled, SourceUnavailable
 from poller.ports import Clock
 from poller.sources.kinesis import Encoder, KinesisRecord, KinesisSource, ReadLimits, is_trimmed
@@ -54,8 +54,8 @@ class Start(msgspec.Struct, frozen=True, omit_defaults=True):
     """StartingPosition of SubscribeToShard. Its JSON is our token."""
 
     Type: Literal["AT_SEQUENCE_NUMBER", "AFTER_SEQUENCE_NUMBER", "TRIM_HORIZON", "LATEST", "AT_TIMESTAMP"]
-    SequenceNumber: str = ""
-    Timestamp: float = 0.0
+    SequenceNumber: str | None = None
+    Timestamp: float | None = None
 
 
 class _Request(msgspec.Struct):
@@ -207,11 +207,10 @@ class _Feed:
 
     async def settle_latest(self) -> str:
         """Subscribe at LATEST; a token of that very place, which names it for ever."""
-        latest = _token(Start("LATEST"))
         with ExitStack() as undo:
             undo.callback(self.close)
             self.close()
-            self._go_to(latest)
+            self._token = _token(Start("LATEST"))
             event = self._event = await self._next_event()
             if event.Records:
                 self._token = _token(Start("AT_SEQUENCE_NUMBER", event.Records[0].SequenceNumber))
@@ -325,9 +324,9 @@ class FanOutSource:
             del self._feeds[shard]
         return listing
 
-    async def retention(self) -> float:
-        """Seconds that the stream keeps a record."""
-        return await self._stream.retention()
+    async def facts(self) -> StreamFacts:
+        """Of the stream."""
+        return await self._stream.facts()
 
     async def iterator(self, shard: ShardId, at: Position) -> str:
         """A token, good for ever. Nothing is called, but for LATEST: that place is named by subscribing there."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import MutableMapping
+from datetime import datetime
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -11,7 +12,18 @@ from asyncio_throttle.throttler import Throttler
 from poller.aws.errors import ErrorTable, translate, translated
 from poller.aws.lean import AwsError, LeanClient, parse
 from poller.aws.session import COLD_TIMEOUT, AwsClients, answered_at
-from poller.core.model import Fetch, Listing, Position, PositionKind, Record, Shard, ShardId, SourceSpec, StreamTraits
+from poller.core.model import (
+    Fetch,
+    Listing,
+    Position,
+    PositionKind,
+    Record,
+    Shard,
+    ShardId,
+    SourceSpec,
+    StreamFacts,
+    StreamTraits,
+)
 from poller.errors import IteratorExpired, PositionTrimmed, SourceUnavailable
 from poller.ports import Clock
 
@@ -155,16 +167,19 @@ class KinesisSource:
             del self._shards[gone]
         return Listing(tuple(shards), at)
 
-    async def retention(self) -> float:
-        """Seconds that the stream keeps a record."""
+    async def facts(self) -> StreamFacts:
+        """Its retention, and when it was created."""
         client = await self._clients.client("kinesis", self._spec.region)
         with translated("DescribeStreamSummary", _ERRORS):
             async with asyncio.timeout(COLD_TIMEOUT):
                 answer = await client.describe_stream_summary(StreamARN=self._spec.arn)
         try:
-            return float(answer["StreamDescriptionSummary"]["RetentionPeriodHours"]) * 3600
+            summary = answer["StreamDescriptionSummary"]
+            retention = float(summary["RetentionPeriodHours"]) * 3600
         except KeyError:
             raise SourceUnavailable("DescribeStreamSummary: the answer has no RetentionPeriodHours") from None
+        created: datetime | None = summary.get("StreamCreationTimestamp")
+        return StreamFacts(retention, str(int(created.timestamp())) if created else "")
 
     async def iterator(self, shard: ShardId, at: Position) -> str:
         """A read token, good for five minutes. LATEST is the tip of now, whatever its value."""

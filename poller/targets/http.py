@@ -71,7 +71,8 @@ class HttpTarget:
         self._is_rie = settings.protocol == "rie"
         place = f"functions.{settings.name}"
         self._url, userinfo = _parse(settings.url, place)
-        self._where = f"{self._url.scheme}://{self._url.host_subcomponent}:{self._url.port}{self._url.raw_path}"
+        # Without the path: webhooks carry their secret there.
+        self._where = f"{self._url.scheme}://{self._url.host_subcomponent}:{self._url.port}"
         self._constant = _constant_headers(settings, userinfo, place)
         self._ssl = _ssl_context(settings.tls, place) if self._url.scheme == "https" else None
         self._connect_timeout = min(_CONNECT_TIMEOUT, settings.timeout * _CONNECT_SHARE)

@@ -139,7 +139,7 @@ class TestStreams:
 
     async def test_retention_is_a_day(self, rig: StreamRig) -> None:
         """A stream keeps records for a day unless told otherwise."""
-        assert await rig.source.retention() == 86_400
+        assert (await rig.source.facts()).retention == 86_400
 
     async def test_records_come_in_order_and_once_over_pages(self, rig: StreamRig) -> None:
         """Reading page by page from TRIM_HORIZON gives each record once, in the order they were put."""

@@ -107,7 +107,7 @@ async def test_a_cold_call_has_its_time(stub, source, monkeypatch) -> None:
 async def test_retention_is_in_seconds(stub, source) -> None:
     """RetentionPeriodHours of the stream."""
     stub.script["DescribeStreamSummary"] = [{"StreamDescriptionSummary": {"RetentionPeriodHours": 168}}]
-    assert await source.retention() == 7 * 86_400
+    assert (await source.facts()).retention == 7 * 86_400
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from poller.core.model import (
     Shard,
     SourceKind,
     SourceSpec,
+    StreamFacts,
     StreamTraits,
 )
 from poller.core.retry import Backoff
@@ -159,8 +160,8 @@ def test_a_lease_that_is_taken_during_a_stop_is_given_back() -> None:
         async def shards(self) -> Listing:
             return Listing((Shard("a"),), clock_now())
 
-        async def retention(self) -> float:
-            return 1.0
+        async def facts(self) -> StreamFacts:
+            return StreamFacts(1.0)
 
         async def close(self) -> None:
             pass

@@ -326,6 +326,58 @@ def test_an_idle_queue_costs_three_requests_a_minute() -> None:
     run(main)
 
 
+def test_somebody_polls_while_an_invocation_runs_for_minutes() -> None:
+    """Loops that rested after an empty poll once left a queue unread for as long as one call took."""
+
+    async def main():
+        setup = Setup(Target(seconds=600), visibility=2000.0)
+        setup.queue.send("a")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(61)
+        setup.queue.send("b")
+        await asyncio.sleep(5)
+        assert setup.target.ids() == [["m0"], ["m1"]]
+        setup.runner.stop(1.0)
+        await task
+
+    run(main)
+
+
+def test_a_scarce_function_is_not_held_by_an_idle_poll() -> None:
+    """Where another mapping shares the slots, polls are short."""
+
+    async def main():
+        gate = Gate(1)
+        gate.users = 2
+        setup = Setup(Target(), gate=gate)
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(10)
+        started = asyncio.get_running_loop().time()
+        async with gate:
+            assert asyncio.get_running_loop().time() - started <= 1.1
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_what_does_not_fit_goes_back_before_it_expires() -> None:
+    """FIFO: a further payload that might outlive its receipts would run beside its own redelivery."""
+
+    async def main():
+        setup = Setup(Target(seconds=15, timeout=17.0), fifo=True, max_bytes=1500, visibility=18.0)
+        setup.queue.send(*["x" * 1000] * 3, group="g")
+        await setup.run_for(120)
+        ends: dict[str, float] = {}
+        for at, ids in setup.target.batches:
+            for name in ids:
+                assert at >= ends.get(name, 0.0), f"{name} runs twice at once"
+                ends[name] = at + 15
+        assert [ids for _, ids in setup.target.batches] == [["m0"], ["m1"], ["m2"]]
+
+    run(main)
+
+
 def test_a_stop_of_an_idle_queue_is_quick() -> None:
     """It neither waits 20 s for a long poll nor cuts one off that may have messages on the way."""
 

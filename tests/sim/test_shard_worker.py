@@ -119,7 +119,7 @@ class Shard:
             target=self.target,
             gate=more.get("gate", Gate(None)),
             observer=self.observer,
-            traits=StreamTraits(1000, 1.0, more.get("has_timestamps", True)),
+            traits=more.get("traits", StreamTraits(1000, 1.0, more.get("has_timestamps", True))),
             open_stream=None,
             open_queue=None,
         )
@@ -169,6 +169,50 @@ def test_reads_are_paced() -> None:
         times = [at for at, _ in source.reads]
         gaps = [round(later - earlier, 2) for earlier, later in itertools.pairwise(times)]
         assert gaps[:4] == [0.2, 0.2, 1.0, 1.0]
+
+    run(main)
+
+
+PUSHED = StreamTraits(1000, 0.0, True, min_interval=0.0, is_pushed=True, operations=("Subscribe", "Subscribe"))
+
+
+def test_a_pushed_source_is_read_without_a_pause() -> None:
+    """Its reads wait by themselves, at the tip and behind it; they have their own name."""
+
+    async def main():
+        source = Source([page(1, lag=9.0), page(2, lag=0.0), page(lag=0.0), page(3, lag=0.0, end=True)])
+        shard = Shard(source, traits=PUSHED)
+        calls = []
+        shard.observer.polled = lambda operation, outcome, events: calls.append((operation, outcome, events))
+        await asyncio.wait_for(shard.worker.run(), 100)
+        times = [at for at, _ in source.reads]
+        assert [round(later - earlier, 2) for earlier, later in itertools.pairwise(times)] == [0.01] * 3
+        assert calls == [("Subscribe", "success", events) for events in (1, 1, 0, 1)]
+
+    run(main)
+
+
+def test_waiting_for_a_push_reserves_no_room() -> None:
+    """Else idle shards would hold the bytes that others need, for as long as nothing comes."""
+
+    async def main():
+        source, release = Source([]), asyncio.Event()
+        used: list[int] = []
+
+        async def fetch(shard_id: str, iterator: str, limit: int) -> Fetch:
+            used.append(shard.budget.used)
+            await release.wait()
+            return page(1, end=True)
+
+        source.fetch = fetch
+        shard = Shard(source, traits=PUSHED)
+        task = asyncio.ensure_future(shard.worker.run())
+        while not used:
+            await asyncio.sleep(0.01)
+        assert used == [0]
+        release.set()
+        await task
+        assert shard.budget.used == 0
 
     run(main)
 
@@ -306,7 +350,63 @@ def test_waiting_for_a_slot_does_not_hold_up_a_stop() -> None:
             shard = Shard(Source([page(1)]), gate=gate)
             await run_for(shard, 5)
         assert not shard.target.calls
-        assert not gate.is_contended
+        assert not gate.is_scarce
+
+    run(main)
+
+
+def test_a_defect_in_reading_does_not_cut_off_what_is_in_flight() -> None:
+    """The reader is tried again; the invocation ends and counts."""
+
+    async def main():
+        source = Source([page(1), KeyError("a defect"), page(2)])
+        shard = Shard(source, target=Target(seconds=3))
+        with structlog.testing.capture_logs() as logs:
+            await run_for(shard, 10)
+        assert "read_crashed" in {entry["event"] for entry in logs}
+        assert shard.target.calls == [b'{"Records":[{1}]}', b'{"Records":[{2}]}']
+
+    run(main)
+
+
+def test_a_position_that_stays_trimmed_is_asked_for_slowly_and_counted_once() -> None:
+    """It once made fifty calls a second."""
+
+    async def main():
+        source = Source([], iterators=[PositionTrimmed("gone")] * 1000)
+        shard = Shard(source, Position(AFTER, "7"))
+        await run_for(shard, 60)
+        assert len(source.asked) < 15
+        assert shard.observer.counts["lost"] == 1
+
+    run(main)
+
+
+def test_the_floor_of_latest_outlives_restarts() -> None:
+    """DynamoDB: a page of older records must not move the stored position, which alone names the moment."""
+
+    async def main():
+        pinned = Position(PositionKind.LATEST, repr(EPOCH))
+        old = Fetch((rec(1, EPOCH - 5),), "1", "next", None, 10, 1)
+        new = Fetch((rec(2, EPOCH - 5), rec(3, EPOCH + 5)), "3", "next", None, 10, 2)
+        shard = Shard(Source([old]), pinned, has_timestamps=False)
+        await run_for(shard, 3)
+        assert shard.worker.checkpoint() is None
+        shard = Shard(Source([old, new]), pinned, has_timestamps=False)
+        await run_for(shard, 3)
+        assert shard.target.calls == [b'{"Records":[{3}]}']
+        assert shard.worker.checkpoint() == Checkpoint(Position(AFTER, "3"))
+
+    run(main)
+
+
+def test_latest_is_not_asked_for_again_when_the_first_answer_failed() -> None:
+    """Minutes may pass until it succeeds: what comes in between is ours."""
+
+    async def main():
+        source = Source([], iterators=[SourceUnavailable("away")])
+        await run_for(Shard(source, Position(PositionKind.LATEST, repr(EPOCH)), is_fresh=True), 5)
+        assert [position.kind for position in source.asked] == [PositionKind.LATEST, PositionKind.AT_TIMESTAMP]
 
     run(main)
 
@@ -338,7 +438,7 @@ def test_the_byte_budget_is_shared_and_never_starves() -> None:
         shard.budget.take(1_000_000)
         task = asyncio.ensure_future(shard.worker.run())
         await asyncio.sleep(8)
-        assert [limit for _, limit in source.reads] == [100]
+        assert [limit for _, limit in source.reads] == [1], "nobody knows yet how large its records are"
         shard.budget.give(1_000_000)
         await asyncio.sleep(1)
         assert len(source.reads) >= 2

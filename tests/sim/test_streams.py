@@ -12,7 +12,7 @@ from poller.runtime import shard_worker
 from tests.sim.loop import VirtualLoop
 from tests.sim.world import SLACK, Node, Plan, World
 
-SEEDS = 300
+SEEDS = 2000
 NEVER = {"shard_crashed", "mapping_crashed", "lease_lost", "release_failed"}
 
 
@@ -46,6 +46,8 @@ async def produce(world: World) -> None:
             world.produce()
         if rng.random() < 4 / plan.records:
             rng.choice([world.split, world.merge])()
+        if rng.random() < 4 / plan.records:
+            await world.expire()
 
 
 async def live_and_die(world: World, tasks: asyncio.TaskGroup) -> Node:

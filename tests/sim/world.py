@@ -31,10 +31,11 @@ from poller.core.model import (
     Shard,
     SourceKind,
     SourceSpec,
+    StreamFacts,
     StreamTraits,
 )
 from poller.core.retry import Backoff
-from poller.errors import IteratorExpired, SourceThrottled, SourceUnavailable, StoreUnavailable
+from poller.errors import IteratorExpired, SourceGone, SourceThrottled, SourceUnavailable, StoreUnavailable
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
@@ -72,6 +73,7 @@ class Plan:
     duration: float
     start: PositionKind
     max_concurrency: int | None
+    is_dynamodb: bool = False  # no timestamps, no lag
     tumbling: float = 0.0
 
     @classmethod
@@ -93,6 +95,7 @@ class Plan:
             duration=rng.choice([10.0, 40.0]),
             start=rng.choice([PositionKind.TRIM_HORIZON, PositionKind.TRIM_HORIZON, PositionKind.LATEST]),
             max_concurrency=rng.choice([None, None, 1, 2]),
+            is_dynamodb=rng.random() < 0.4,
         )
         if rng.random() < 0.2:
             # Nothing is given up, so that a final state must count every record of its window.
@@ -135,6 +138,7 @@ class World:
         self.is_created = False
         self.latest_asked: set[str] = set()
         self.finals: set[tuple[str, str]] = set()
+        self.expired: set[str] = set()
         self._next = FIRST_SEQUENCE
         for n in range(self.plan.shards):
             width = 1000 // self.plan.shards
@@ -178,6 +182,12 @@ class World:
         left, right = open_shards[at : at + 2]
         left.is_closed = right.is_closed = True
         self._add_shard((left.id, right.id), left.low, right.high)
+
+    async def expire(self) -> None:
+        """Shards that were closed and done leave the listing, as they do a day later."""
+        for name, row in (await self.store.load("m-1")).items():
+            if row.checkpoint.position.kind is PositionKind.END and self.shards[name].is_closed:
+                self.expired.add(name)
 
     # --- the ledger
 
@@ -266,6 +276,7 @@ class World:
             shard.id
             for shard in self.shards.values()
             if (ours := [record for record in shard.records if self.is_ours(record)])
+            and shard.id in rows  # tombstones go in time
             and (position := rows[shard.id].checkpoint.position).kind is not PositionKind.END
             and position != Position(PositionKind.AFTER, ours[-1].id)
         ]
@@ -371,13 +382,17 @@ class NodePlumbing:
             target=NodeTarget(self.node),
             gate=Gate(self.node.world.plan.max_concurrency),
             observer=SimObserver(self.node),
-            traits=StreamTraits(fetch_limit=50, tip_interval=1.0, has_timestamps=True),
+            traits=self.traits(),
             open_stream=open_stream,
             open_queue=None,
         )
 
     async def disconnect(self, pipe: Pipe) -> None:
         pass
+
+    def traits(self) -> StreamTraits:
+        is_dynamodb = self.node.world.plan.is_dynamodb
+        return StreamTraits(50, tip_interval=0.25 if is_dynamodb else 1.0, has_timestamps=not is_dynamodb)
 
 
 class SimObserver(NullObserver):
@@ -401,16 +416,19 @@ class NodeSource:
 
     async def shards(self) -> Listing:
         await self._call()
-        shards = [Shard(s.id, s.parents, s.is_closed) for s in self.node.world.shards.values()]
+        world = self.node.world
+        shards = [Shard(s.id, s.parents, s.is_closed) for s in world.shards.values() if s.id not in world.expired]
         self.node.world.rng.shuffle(shards)
         return Listing(tuple(shards), self.node.world.clock.now())
 
-    async def retention(self) -> float:
+    async def facts(self) -> StreamFacts:
         await self._call()
-        return 86400.0
+        return StreamFacts(86400.0, "1")
 
     async def iterator(self, shard: str, at: Position) -> str:
         await self._call()
+        if shard in self.node.world.expired:
+            raise SourceGone(shard)
         records = self.node.world.shards[shard].records
         match at.kind:
             case PositionKind.TRIM_HORIZON:
@@ -419,10 +437,13 @@ class NodeSource:
                 # The tip as of this call: asked a second time, it would pass over what came in between.
                 if shard in self.node.world.latest_asked:
                     raise Violation(f"LATEST of {shard} was asked for twice")
+                if self.node.world.clock.now() - self.node.world.ours_from[shard] > 2.0:
+                    raise Violation(f"LATEST of {shard} was asked for long after it was pinned")
                 self.node.world.latest_asked.add(shard)
                 self.node.world.ours_from[shard] = self.node.world.clock.now()
                 index = len(records)
             case PositionKind.AT_TIMESTAMP:
+                assert not self.node.world.plan.is_dynamodb
                 index = next((i for i, r in enumerate(records) if r.arrival >= float(at.value)), len(records))
             case PositionKind.AT:
                 index = next(i for i, r in enumerate(records) if r.id == at.value)
@@ -441,10 +462,13 @@ class NodeSource:
         sim = world.shards[shard]
         start = int(index)
         # Sometimes an empty page although there is more, as AWS does.
-        end = start if self.node.fails(0.05) else min(len(sim.records), start + min(limit, world.rng.choice([3, 50])))
+        is_empty = self.node.fails(0.05) and not world.plan.is_dynamodb
+        end = start if is_empty else min(len(sim.records), start + min(limit, world.rng.choice([3, 50])))
         records = tuple(sim.records[start:end])
         is_end = sim.is_closed and end == len(sim.records)
         lag = 0.0 if end == len(sim.records) else max(0.001, world.clock.now() - sim.records[end].arrival)
+        if world.plan.is_dynamodb:
+            lag = None
         return Fetch(
             records,
             records[-1].id if records else "",
@@ -585,6 +609,15 @@ class NodeStore:
         done = await self.inner.release(lease, checkpoint)
         await self._after()
         return done
+
+    async def documents(self, prefix: str) -> dict[str, Any]:
+        await self._before()
+        return await self.inner.documents(prefix)
+
+    async def put_document(self, key: str, document: dict[str, Any]) -> None:
+        await self._before()
+        await self.inner.put_document(key, document)
+        await self._after()
 
     async def forget(self, mapping: str, shards: list[str] | None = None) -> None:
         await self._before()

@@ -56,9 +56,16 @@ def test_a_merge_waits_for_both_parents() -> None:
 
 
 def test_an_expired_parent_counts_as_done() -> None:
-    """A parent that is no longer listed cannot be waited for."""
+    """A parent that was never seen cannot be waited for."""
     known = rows(Row("c", GOING, ("gone",)))
     assert plan(listing(Shard("c", ("gone",))), known, TRIM_HORIZON).ready == ("c",)
+
+
+def test_an_unlisted_parent_that_is_not_done_is_waited_for() -> None:
+    """Its records may be in flight: a listing that omits it for a moment must not let the child overtake them."""
+    known = rows(Row("p", GOING), Row("c", Checkpoint(TRIM_HORIZON), ("p",)))
+    found = plan(listing(Shard("c", ("p",))), known, TRIM_HORIZON)
+    assert (found.ready, found.blocked) == (("p",), ("c",))
 
 
 def test_a_shard_that_vanished_is_still_tried() -> None:

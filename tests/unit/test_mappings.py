@@ -325,7 +325,6 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones():
         (stream(DestinationConfig={"OnFailure": {"Destination": SQS}}), "DestinationConfig"),
         (queue(ProvisionedPollerConfig={"MinimumPollers": 2}), "ProvisionedPollerConfig"),
         (queue(Options={"CircuitBreaker": True}), "Options"),
-        (stream(EventSourceArn=f"{KINESIS}/consumer/c:1"), "EventSourceArn"),
     ],
 )
 def test_features_to_come_are_refused(document, path):
@@ -563,6 +562,24 @@ def test_arns_of_other_partitions_and_emulators_are_sources():
     assert (
         parse_source("arn:aws:dynamodb:ddblocal:000000000000:table/t/stream/2026-01-01T00:00:00.0").region == "ddblocal"
     )
+
+
+def test_a_consumer_is_a_source_of_its_stream():
+    """Enhanced fan-out: the name is the stream's, the ARN the consumer's; a stream's own ARN means polling."""
+    source = parse_source(f"{KINESIS}/consumer/my-app_1.x:1545084650")
+    assert (source.kind, source.name, source.fan_out) == (SourceKind.KINESIS, "orders", True)
+    assert source.arn == f"{KINESIS}/consumer/my-app_1.x:1545084650"
+    assert not any(parse_source(arn).fan_out for arn in (KINESIS, DYNAMODB, SQS))
+    assert not problems(stream(EventSourceArn=source.arn, StartingPosition="AT_TIMESTAMP", StartingPositionTimestamp=1))
+
+
+@pytest.mark.parametrize("rest", ["", "/", "/c", "/c:", "/c:x", "/c:1/2"])
+def test_half_a_consumer_is_refused_with_where_to_find_the_whole(rest):
+    """The creation time is part of the ARN; a stream of that name is not meant either."""
+    problem = only(stream(EventSourceArn=f"{KINESIS}/consumer{rest}"))
+    assert problem.path == "EventSourceArn"
+    assert problem.said == "is not the whole ARN of a consumer"
+    assert "DescribeStreamConsumer" in problem.hint
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,13 @@ def test_streams_go_on_at_the_lowest_named() -> None:
     assert answer(failures(named("10"))) == Partial(index=0)
 
 
+def test_of_equal_ids_the_first_is_named() -> None:
+    """A source that repeats a sequence number must not make us skip a record."""
+    twice = (RECORDS[0], RECORDS[0], RECORDS[1])
+    reply = Reply(ReplyStatus.OK, failures(named("10")).encode())
+    assert judge(reply, twice, report_failures=True, ordered=True) == Partial(index=0)
+
+
 def test_queues_keep_exactly_what_was_named() -> None:
     """No order is inferred, not even on FIFO queues."""
     assert answer(failures(named("12"), named("10"), named("12")), ordered=False) == Partial(
@@ -115,5 +122,6 @@ def test_idempotency_key_names_the_batch() -> None:
         idempotency_key("m", "arn", RECORDS[:2]),
         idempotency_key("m", "arn", RECORDS[1:]),
         idempotency_key("m", "arn", (RECORDS[0], RECORDS[2])),
+        idempotency_key("m", "arn", RECORDS, "another shard"),
     }
-    assert len(others | {key}) == 6
+    assert len(others | {key}) == 7

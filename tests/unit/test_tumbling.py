@@ -237,4 +237,4 @@ def test_finals_have_keys_of_their_own() -> None:
     }
     assert len(others | {key}) == 4
     records = (rec(1, 1),)
-    assert idempotency_key("m", "arn", records, "s", OPEN) == idempotency_key("m", "arn", records)
+    assert idempotency_key("m", "arn", records, "s", OPEN) == idempotency_key("m", "arn", records, "s")
