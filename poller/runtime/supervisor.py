@@ -51,6 +51,13 @@ class Plumbing(Protocol):
         ...
 
 
+def _leaf(error: BaseException) -> str:
+    """What went wrong at the bottom of a task group, for people."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
+
+
 class _Kept:
     """One mapping under a keeper. `wanted` None: stop for good; `forget`: and delete its positions.
 
@@ -148,7 +155,7 @@ class Supervisor:
                 await self._run(kept, wanted)
             except Exception as error:  # noqa: BLE001  # one bad mapping never stops another
                 failures = failures + 1 if clock.now() - started < TROUBLE_MAXIMUM else 1
-                kept.runner, kept.problem = None, f"{type(error).__name__}: {error}"
+                kept.problem = _leaf(error)
                 self._log_crash(kept, error)
                 await wait_until(kept.changed, clock, clock.now() + self._context.trouble.delay(failures))
         if self._grace is None:
