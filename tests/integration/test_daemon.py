@@ -247,7 +247,7 @@ async def test_a_stop_ends_what_is_in_flight_and_returns_what_is_not(ministack, 
 
 
 async def test_reload_follows_the_file_and_refuses_a_bad_one(ministack, account, ledger, daemons) -> None:
-    """SIGHUP: a new mapping starts, the others are not disturbed; a bad file is refused and the old one goes on."""
+    """SIGHUP or a change: a new mapping starts, the others are not disturbed; a bad file is refused, the old one goes on."""
     aws = Aws(ministack, account)
     stream = await asyncio.to_thread(aws.stream, "s", 1)
     queue = await asyncio.to_thread(aws.queue, "q")
@@ -268,6 +268,19 @@ async def test_reload_follows_the_file_and_refuses_a_bad_one(ministack, account,
     await asyncio.to_thread(aws.put_stream, "s", 10, 10)
     await ledger.until(lambda: len(ledger.deliveries) == 30, 30, "delivery after the reload")
     assert len(await daemon.status()) == 2
+    reloads = len(daemon.events("config_reloaded"))
+    daemon.write(
+        {
+            "store": "sqlite:///" + str(daemon.folder).lstrip("/") + "/poller.db",
+            "server": {"port": 0},
+            **config(aws, ledger, stream_of(stream)),
+        }
+    )
+    while len(daemon.events("config_reloaded")) == reloads:  # nobody sent a signal: the file has changed
+        daemon.log_changed.clear()
+        await asyncio.wait_for(daemon.log_changed.wait(), 20)
+    while len(await daemon.status()) != 1:
+        await asyncio.sleep(0.05)
     assert await daemon.stop() == 0
     assert not ledger.redelivered()
 

@@ -809,3 +809,23 @@ def test_the_main_example_shows_all_three_sources():
     assert kinds == ["kinesis", "dynamodb", "sqs"]
     assert loaded.aws.endpoint("sqs") == "http://127.0.0.1:4566"
     assert {declared.document["FunctionName"] for declared in loaded.mappings} == set(loaded.functions)
+
+
+def test_what_came_through_references_is_a_secret(tmp_path, monkeypatch):
+    """Also in a URL's path, where webhooks have theirs: masked in logs and in what `validate` prints."""
+    monkeypatch.setenv("HOOK", "s3cr3t-hook-token")
+    monkeypatch.setenv("PORT", "8080")
+    (tmp_path / "token").write_text("t0ken-of-a-file\n")
+    path = tmp_path / "poller.yaml"
+    path.write_text(
+        "functions:\n"
+        "  f: {url: 'http://127.0.0.1:${PORT}/hooks/${HOOK}', auth: {type: bearer, token: '${file:"
+        + str(tmp_path)
+        + "/token}'}}\n"
+        "event_source_mappings:\n"
+        "  - {EventSourceArn: 'arn:aws:sqs:eu-west-1:123456789012:q', FunctionName: f}\n"
+    )
+    settings = config.load(str(path))
+    assert settings.secrets() == {"s3cr3t-hook-token", "t0ken-of-a-file"}
+    assert "s3cr3t" not in config.resolved(settings)
+    assert "s3cr3t" not in repr(settings)

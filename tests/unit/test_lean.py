@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 from poller.aws.errors import translate, translated
 from poller.aws.lean import AwsError, Request, _was_idle, describe, parse_error, safe_text, sign
+from poller.aws.session import AwsClients
 from poller.errors import AccessDenied, IteratorExpired, SourceGone, SourceThrottled, SourceUnavailable
+from poller.settings import AwsSettings
 
 NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
 KEYS = ReadOnlyCredentials("AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "session//token==", None)
@@ -187,3 +189,20 @@ def test_only_a_connection_that_was_closed_while_idle_is_tried_again() -> None:
     assert _was_idle(aiohttp.ClientConnectionResetError("closing transport"))
     assert not _was_idle(aiohttp.ClientConnectorError(key, ConnectionResetError(errno.ECONNRESET, "reset")))
     assert not _was_idle(aiohttp.ClientOSError(errno.EHOSTUNREACH, "no route"))
+
+
+@pytest.mark.parametrize("output", ["no json", "", "[1]", '{"Version": 7}'])
+async def test_a_credential_program_that_misbehaves_is_waited_out(output, tmp_path, monkeypatch) -> None:
+    """Whatever a provider brings up is SourceUnavailable, never a crash of what only wanted to sign."""
+    config = tmp_path / "config"
+    config.write_text(f"[default]\ncredential_process = /bin/echo '{output}'\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    async with AwsClients(AwsSettings(endpoint_url="http://127.0.0.1:9")) as clients:
+        with pytest.raises(SourceUnavailable):
+            await clients.lean("kinesis", "eu-west-1")
+        with pytest.raises(SourceUnavailable):
+            await clients.credentials.frozen()
