@@ -9,7 +9,7 @@ anything newer. So order holds per key, and a failing lane holds up nothing but 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
@@ -151,6 +151,7 @@ class ShardFlow:
         self._backoff = backoff
         self._loaded = loaded
         self._floors = loaded.resume
+        self._kept: Vector = ()  # after `shed`, per lane: what is below it is settled or still in memory
         self._lanes = [_Lane() for _ in range(batch.factor)]
         self._window = TumblingWindow(batch.tumbling, loaded.window) if batch.tumbling else None
         self._newest = ""
@@ -188,8 +189,10 @@ class ShardFlow:
         """
         if newest:
             self._newest = newest
-        if self._floors:
-            records = [record for record in records if not self._is_settled(record)]
+        if self._floors or self._kept:
+            records = [record for record in records if not self._is_known(record)]
+            if self._kept and newest and int(newest) + 1 >= max(self._kept):
+                self._kept = ()
         if not records:
             return
         lanes = self._lanes
@@ -212,9 +215,36 @@ class ShardFlow:
         self._held += len(records)
         self._held_bytes += nbytes
 
-    def _is_settled(self, record: Record) -> bool:
+    def _is_known(self, record: Record) -> bool:
+        """Settled before, or in memory: not to be taken in again."""
         sequence = int(record.id)
-        return any(sequence < floor[lane_of(record.key, len(floor))] for floor in self._floors)
+        vectors = (*self._floors, self._kept) if self._kept else self._floors
+        return any(sequence < vector[lane_of(record.key, len(vector))] for vector in vectors)
+
+    def shed(self) -> str:
+        """Drop what waits behind failing batches, for a process short of memory: a blocked lane keeps its batch.
+        Answers the sequence number after which the shard must be read again, empty when nothing was dropped.
+
+        What was dropped comes again; what other lanes hold, or have settled since, is not taken in a second time.
+        """
+        blocked = [lane for lane in self._lanes if lane.failing_since is not None and lane.batch and lane.queue]
+        if self._sealed or not blocked:
+            return ""
+        behind_newest = int(self._newest) + 1
+        kept = self._kept or (behind_newest,) * len(self._lanes)
+        self._kept = tuple(
+            int(lane.batch[-1].id) + 1 if lane in blocked else max(known, behind_newest)
+            for lane, known in zip(self._lanes, kept, strict=True)
+        )
+        for lane in blocked:
+            self._forget(lane.queue)
+            lane.queue.clear()
+            lane.nbytes = 0
+        if self._window is not None:
+            self._window.left_tip()
+        # Not beyond what is being read again already for a lane that was shed before.
+        self._newest = min((self._newest, *(lane.batch[-1].id for lane in blocked)), key=int)
+        return self._newest
 
     def reached_tip(self, now: float) -> bool:
         """Everything in the shard has been read. True: that may have made a lane due."""
@@ -413,7 +443,7 @@ class ShardFlow:
         self._window.finish()
         lane.settle_batch(now)
 
-    def _forget(self, records: Sequence[Record]) -> None:
+    def _forget(self, records: Collection[Record]) -> None:
         self._held -= len(records)
         self._held_bytes -= sum([len(record.wire) for record in records])
 
@@ -441,7 +471,10 @@ class ShardFlow:
         if len(heads) == 1 and not self._floors:
             return Checkpoint(self._position(heads[0]), window=window)
         behind_newest = int(self._newest) + 1
-        sequences = [int(head.id) if head else behind_newest for head in heads]
+        kept = self._kept or (0,) * len(heads)
+        sequences = [
+            int(head.id) if head else max(behind_newest, known) for head, known in zip(heads, kept, strict=True)
+        ]
         oldest = min(range(len(heads)), key=sequences.__getitem__)
         return Checkpoint(self._position(heads[oldest]), self._resume(sequences, sequences[oldest]), window)
 

@@ -72,6 +72,10 @@ class TumblingWindow:
         """Everything that was in the shard has been read."""
         self._tip_at = now
 
+    def left_tip(self) -> None:
+        """Something that was read was dropped and will be read again: the window is not complete any more."""
+        self._tip_at = -inf
+
     def is_quiet(self, end: float) -> bool:
         """The shard was read to its tip after `end`: a window that ends there is complete although no later record
         came. No timer does that: a shard that cannot be read for a while would be cut into half windows.

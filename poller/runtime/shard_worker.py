@@ -16,6 +16,7 @@ from poller.core.model import (
     TRIM_HORIZON,
     Batch,
     Checkpoint,
+    Delivered,
     Discard,
     Failed,
     Fetch,
@@ -87,6 +88,7 @@ class ShardWorker:
         self._is_stopped = False
         self._lag: float | None = None
         self._record_bytes = _GUESSED_RECORD_BYTES
+        self._rereads = 0  # how often what was read was dropped: a read from before that must not be taken in
         self._reserved = 0  # bytes that the read under way may bring
         self._accounted = 0
 
@@ -198,7 +200,17 @@ class ShardWorker:
             self._calling.discard(batch.lane)
         self._flow.resolve(batch, outcome, self._clock.now())
         self._log_outcome(batch, outcome)
+        if self._context.budget.left() < _SMALL_READ_BYTES and not isinstance(outcome, Delivered):
+            self._shed()
         self._settled()
+
+    def _shed(self) -> None:
+        """The process is short of memory and this shard is stuck: what waits behind the failing batch is read again
+        when there is room.
+        """
+        if newest := self._flow.shed():
+            self._at = Position(PositionKind.AFTER, newest)
+            self._rereads += 1
 
     def _discard(self, discard: Discard) -> None:
         """No failure destination: the records are dropped, counted and named in the log."""
@@ -251,12 +263,14 @@ class ShardWorker:
     async def _read(self) -> None:
         """Read until the end of the shard. Trouble is waited out, whatever it is; lanes go on meanwhile."""
         iterator: str | None = None
-        failures = 0
+        failures = rereads = 0
         asking, reading = self._traits.operations
         while True:
             limit = await self._wait_for_room()
             started = self._clock.now()
             operation = reading
+            if rereads != self._rereads:
+                iterator, rereads = None, self._rereads
             try:
                 if iterator is None:
                     operation = asking
@@ -310,6 +324,8 @@ class ShardWorker:
                 self._account()
             failures = 0
             self._set_problem("")
+            if rereads != self._rereads:
+                continue
             self._take_in(fetch)
             if fetch.next_iterator is None:
                 self._seal()

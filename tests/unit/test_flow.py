@@ -421,3 +421,68 @@ def test_order_and_checkpoint_hold_whatever_happens(factor, size, attempts, keys
     rest = [record for lane in range(factor) if (work := again.take(lane, 0)) for record in work.records]
     assert {record.id for record in rest} == {record.id for record in everything} - {record.id for record in settled}
     assert len(rest) == again.held
+
+
+# --- shedding
+
+
+def test_a_blocked_lane_can_give_back_what_waits_behind_its_batch() -> None:
+    """It is read again later; what other lanes hold or have settled is not taken in a second time."""
+    a, b = keys_of_lanes(2)
+    everything = [rec(n, a if n % 2 else b) for n in range(1, 9)]
+    flow = flow_of(size=1, factor=2)
+    flow.admit(everything, "8", 0)
+    assert flow.shed() == "", "nothing is blocked"
+    flow.resolve(flow.take(0, 0), Failed("no"), 0)
+    flow.resolve(flow.take(1, 0), Delivered(), 0)
+    assert flow.shed() == "1"
+    assert flow.held == 1 + 3
+    assert flow.checkpoint() == Checkpoint(Position(AT, "1"), ((1, 4),))
+    flow.admit(everything[1:4], "4", 1)
+    assert flow.held == 1 + 1 + 3, "3 came again; 2 and 4 are known"
+    flow.resolve(flow.take(1, 1), Delivered(), 1)
+    flow.admit(everything[4:], "8", 2)
+    delivered = []
+    for lane in (0, 1):
+        while work := flow.take(lane, 100):
+            delivered += ids(work)
+            flow.resolve(work, Delivered(), 100)
+    assert delivered == [1, 3, 5, 7, 6, 8]
+    assert flow.checkpoint() == Checkpoint(Position(AFTER, "8"))
+
+
+def test_a_lane_that_outran_a_shed_one_is_not_forgotten() -> None:
+    """Its progress stays in the checkpoint although the position has gone back behind it."""
+    a, b = keys_of_lanes(2)
+    flow = flow_of(size=10, factor=2)
+    flow.admit([rec(1, a), rec(2, b), rec(3, b)], "3", 0)
+    flow.resolve(flow.take(0, 0), Failed("no"), 0)
+    flow.admit([rec(4, a)], "4", 0)
+    assert flow.shed() == "1"
+    flow.resolve(flow.take(1, 0), Delivered(), 0)
+    assert flow.checkpoint() == Checkpoint(Position(AT, "1"), ((1, 5),))
+    flow.resolve(flow.take(0, 100), Delivered(), 100)
+    assert flow.checkpoint() == Checkpoint(Position(AFTER, "1"), ((2, 5),))
+
+
+def test_shedding_twice_goes_back_to_the_first_gap() -> None:
+    """A second blocked lane must not make the reader jump over what the first one gave back."""
+    a, b = keys_of_lanes(2)
+    flow = flow_of(size=1, factor=2)
+    flow.admit([rec(1, a), rec(2, b), rec(3, a), rec(4, b), rec(5, b)], "5", 0)
+    flow.resolve(flow.take(0, 0), Failed("no"), 0)
+    assert flow.shed() == "1"
+    flow.resolve(flow.take(1, 0), Delivered(), 0)
+    flow.resolve(flow.take(1, 0), Failed("no"), 0)
+    assert flow.shed() == "1"
+    flow.admit([rec(2, b), rec(3, a), rec(4, b), rec(5, b)], "5", 0)
+    assert flow.held == 4
+
+
+def test_a_shard_that_was_read_to_its_end_is_not_shed() -> None:
+    """Nobody would read it again."""
+    flow = flow_of(size=1)
+    flow.admit(recs(1, 2), "2", 0)
+    flow.seal()
+    flow.resolve(flow.take(0, 0), Failed("no"), 0)
+    assert flow.shed() == ""

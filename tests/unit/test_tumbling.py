@@ -238,3 +238,15 @@ def test_finals_have_keys_of_their_own() -> None:
     assert len(others | {key}) == 4
     records = (rec(1, 1),)
     assert idempotency_key("m", "arn", records, "s", OPEN) == idempotency_key("m", "arn", records, "s")
+
+
+def test_what_was_dropped_for_want_of_memory_keeps_its_window_open() -> None:
+    """It comes again: the tip that was reached before does not count."""
+    flow = flow_of(rec(1, 1), rec(2, 2), size=1)
+    flow.resolve(flow.take(0, 1), Failed("no"), 1)
+    flow.reached_tip(100)
+    assert flow.shed() == "1"
+    flow.resolve(flow.take(0, 100), Delivered(state=b'{"n":1}'), 100)
+    assert flow.take(0, 200) is None
+    flow.admit([rec(2, 2)], "2", 200)
+    assert ids(flow.take(0, 200)) == [2]
