@@ -154,7 +154,10 @@ class Child:
 
 @asynccontextmanager
 async def child(name: str, command: Sequence[str], home: Path, **variables: str) -> AsyncIterator[Child]:
-    """Runs `command`, a program by its full path first, in a session of its own, so that Ctrl-C reaches the demo only; killed on leaving."""
+    """Runs `command`, whose first word is a full path; killed on leaving.
+
+    It has a session of its own, so that Ctrl-C reaches the demo only.
+    """
     log = home / f"{name}.log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(

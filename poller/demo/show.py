@@ -1,4 +1,4 @@
-"""The demo from its first line to its summary: start, one failing record, stop, count."""
+"""The demo from its first line to its summary: start, one failing record, one reshard, stop, count."""
 
 import asyncio
 import errno
@@ -6,8 +6,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,23 @@ from aiobotocore.session import get_session
 from aiohttp import web
 from botocore.exceptions import BotoCoreError, ClientError
 
-from poller.demo.processes import GRACE_SECONDS, REGION, Child, DemoFailedError, child, free_ports, isolated
-from poller.demo.traffic import SHARDS, SOURCES, Producer, Target, short
+from poller.demo.processes import (
+    GRACE_SECONDS,
+    REGION,
+    Child,
+    DemoFailedError,
+    child,
+    free_ports,
+    isolated,
+    python_module,
+    roto_server,
+)
+from poller.demo.traffic import SHARDS, SOURCES, Producer, Target, names, short
 from poller.demo.view import View, view
 
-_QUIET_SECONDS = 6.0  # before the poison
-_BROKEN_SECONDS = 8.0  # for which the target refuses it
+_TO_SPLIT = "shardId-000000000002"  # both halves get orders
 _DRAIN_SECONDS = 15.0
+_STEPS, _ALL_STEPS = 4, 8  # without and with the reshard
 _MINISTACK = {  # every listener on loopback: these two services would open ports on all addresses
     "BIND_HOST": "127.0.0.1",
     "MINISTACK_HOST": "127.0.0.1",
@@ -60,6 +71,26 @@ def show(duration: float | None) -> int:
     return 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of the story: before the poison, for which the target refuses it, to read a result, of a slow batch.
+
+    The last stays below the time that a function has for a batch.
+    """
+
+    quiet: float = 6.0
+    broken: float = 8.0
+    read: float = 6.0
+    slow: float = 5.0
+
+    def within(self, duration: float | None) -> "_Times":
+        """Shortened so that all fits into `duration`, with what the daemon needs in between: about 5 s."""
+        if duration is None:
+            return self
+        parts = zip((self.quiet, self.broken, self.read, self.slow), (0.08, 0.17, 0.04, 0.08), strict=True)
+        return _Times(*(min(longest, duration * part) for longest, part in parts))
+
+
 class _Demo:
     """One run. `run` once."""
 
@@ -68,7 +99,12 @@ class _Demo:
         self._duration = duration
         self._stop = asyncio.Event()
         self._target = Target()
-        self._shards: list[dict[str, Any]] = []
+        self._has_reshard = False
+        self._waited = 0  # orders that had to wait for the end of their shard's parents
+        self._resharded: list[str] = []
+        self._shards: dict[str, dict[str, Any]] = {}
+        self._looked = asyncio.Event()
+        self._started = 0.0
         self._main: asyncio.Task[Any] | None = None
 
     async def run(self) -> list[str]:
@@ -96,18 +132,30 @@ class _Demo:
         self._stop.set()
 
     async def _run(self, stack: AsyncExitStack, children: list[Child]) -> None:
-        aws_port, daemon_port = free_ports(2)
+        aws_port, kinesis_port, daemon_port = free_ports(3)
         aws_url, daemon_url = f"http://127.0.0.1:{aws_port}", f"http://127.0.0.1:{daemon_port}"
         print(f"local AWS    {aws_url} (MiniStack; your account is not used)")
         variables = {**_MINISTACK, "GATEWAY_PORT": str(aws_port)}
-        ministack = await stack.enter_async_context(child("ministack", ["ministack"], self._home, **variables))
+        command = python_module("ministack")
+        ministack = await stack.enter_async_context(child("ministack", command, self._home, **variables))
         children.append(ministack)
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)))
         await ministack.answers(session, f"{aws_url}/_ministack/health")
+        urls = dict.fromkeys(SOURCES, aws_url)
+        if (program := roto_server()) is None:
+            print("Kinesis      from MiniStack too, which cannot reshard: without roto-aws the demo leaves that out")
+        else:
+            urls["kinesis"] = f"http://127.0.0.1:{kinesis_port}"
+            print(f"Kinesis      {urls['kinesis']} (roto, which can reshard)")
+            command = [program, "--ephemeral", "--host", "127.0.0.1", "--port", str(kinesis_port)]
+            roto = await stack.enter_async_context(child("roto", command, self._home, NO_COLOR="1"))
+            children.append(roto)
+            await roto.answers(session, f"{urls['kinesis']}/", 400)  # all it says to what is no AWS call
+            self._has_reshard = True
         aws = get_session()
         clients = {
-            source: await stack.enter_async_context(aws.create_client(source, endpoint_url=aws_url))
-            for source in SOURCES
+            source: await stack.enter_async_context(aws.create_client(source, endpoint_url=url))
+            for source, url in urls.items()
         }
         producer = Producer(clients, self._target, self._stop)
         arns = await producer.make_sources()
@@ -116,24 +164,24 @@ class _Demo:
         target_url = await self._serve(stack)
         print(f"HTTP target  {target_url} (in this process)")
         config = self._home / "poller.yaml"
-        document = _config(arns, aws_url, target_url, daemon_port, self._home)
+        document = _config(arns, urls, target_url, daemon_port, self._home)
         config.write_text(yaml.safe_dump(document, sort_keys=False))
-        arguments = ["poller", "run", "-c", str(config)]
-        daemon = await stack.enter_async_context(child("daemon", arguments, self._home))
+        command = python_module("poller", "run", "-c", str(config))
+        daemon = await stack.enter_async_context(child("daemon", command, self._home))
         children.append(daemon)
         print(f"daemon       poller run -c {config} (pid {daemon.pid})")
         print(f"status page  {daemon_url}/")
         print(f"to try       poller status --url {daemon_url}", flush=True)
         await daemon.answers(session, f"{daemon_url}/readyz")
 
+        self._started = asyncio.get_running_loop().time()
         screen = view(self._target, daemon_url)
         stack.callback(screen.close)
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(each)
                 for each in (
-                    ministack.died(),
-                    daemon.died(),
+                    *(each.died() for each in children),
                     self._follow(session, f"{daemon_url}/api/status"),
                     self._draw(screen),
                 )
@@ -148,7 +196,7 @@ class _Demo:
                     await self._target.everything_arrived()
             for task in (*work, *background):
                 task.cancel()
-        await daemon.stop()  # MiniStack has nothing to save and is just killed
+        await daemon.stop()  # the local AWS has nothing to save and is just killed
 
     async def _serve(self, stack: AsyncExitStack) -> str:
         app = web.Application(client_max_size=8 * 1024 * 1024)
@@ -166,47 +214,124 @@ class _Demo:
                 async with session.get(url) as answer:
                     status = await answer.json()
                 kinesis = next(mapping for mapping in status["mappings"] if mapping["source"] == "kinesis")
-                self._shards = sorted(kinesis["shards"], key=lambda shard: str(shard["id"]))
-            await asyncio.sleep(0.25)
+                self._shards = {shard["id"]: shard for shard in kinesis["shards"]}
+                self._looked.set()
+            await asyncio.sleep(0.2)
 
     async def _draw(self, screen: View) -> None:
-        loop = asyncio.get_running_loop()
-        start = loop.time()
         while True:
-            screen.draw(self._shards, loop.time() - start)
+            self._draw_now(screen)
             await asyncio.sleep(screen.interval)
 
+    def _draw_now(self, screen: View) -> None:
+        screen.draw(self._shards, asyncio.get_running_loop().time() - self._started)
+
+    def _tell(self, screen: View, number: int, text: str) -> None:
+        """The next step, with the state that it speaks of."""
+        screen.step(f"{number}/{_ALL_STEPS if self._has_reshard else _STEPS}  {text}")
+        self._draw_now(screen)
+
     async def _story(self, producer: Producer, screen: View) -> None:
-        """One record that fails for a while; when the demo ends before, the target is repaired at once."""
-        screen.step(
-            "1/4  Orders go into three sources; the daemon POSTs them to the target in batches. Delivered follows "
-            "Produced, and each shard is read at its tip."
+        """One record that fails for a while, then a reshard. A stop ends what is under way soon, in order."""
+        times = _Times().within(self._duration)
+        self._tell(
+            screen,
+            1,
+            "Orders go into three sources; the daemon POSTs them to the target in batches. Delivered follows "
+            "Produced, and each shard is read at its tip.",
         )
-        quiet, broken = _QUIET_SECONDS, _BROKEN_SECONDS
-        if self._duration is not None:
-            quiet, broken = min(quiet, self._duration * 0.25), min(broken, self._duration * 0.35)
-        await self._pause(quiet)
+        await self._pause(times.quiet)
         if self._stop.is_set():
             return
         await producer.put_order(is_poison=True)
         poison = self._target.poison
         assert poison is not None
         await poison.refused.wait()
+        await self._until([poison.shard], lambda status: bool(status["blocked_seconds"]))
         shard = short(poison.shard)
-        screen.step(
-            f"2/4  The target answers 500 to any batch with order {poison.number} (key {poison.customer}, sequence "
+        self._tell(
+            screen,
+            2,
+            f"The target answers 500 to any batch with order {poison.number} (key {poison.customer}, sequence "
             f"{poison.sequence}). Its shard {shard} is blocked: that batch is tried again and again, nothing behind it "
-            "overtakes. The other three shards go on at the tip."
+            "overtakes. The other three shards go on at the tip.",
         )
-        await self._pause(broken)
+        await self._pause(times.broken)
         poison.repaired.set()
-        screen.step(f"3/4  The target is repaired. Shard {shard} goes on with the same batch at its next attempt.")
+        self._tell(screen, 3, f"The target is repaired. Shard {shard} goes on with the same batch at its next attempt.")
         await poison.taken.wait()
-        screen.step(
-            f"4/4  Order {poison.number} was taken at attempt {poison.attempts}; shard {shard} was blocked for "
+        await self._until([poison.shard], lambda status: not status["blocked_seconds"])
+        self._tell(
+            screen,
+            4,
+            f"Order {poison.number} was taken at attempt {poison.attempts}; shard {shard} was blocked for "
             f"{poison.blocked:.1f} s and goes on behind it, in order. The other three shards delivered "
-            f"{poison.others} orders in that time."
+            f"{poison.others} orders in that time.",
         )
+        if self._has_reshard:
+            await self._reshard(producer, screen, times)
+
+    async def _reshard(self, producer: Producer, screen: View, times: _Times) -> None:
+        """One shard is split, then its children are merged, each time with a slow batch at the end of the parents."""
+        await self._pause(times.read)
+        if self._stop.is_set():
+            return
+        self._target.slow_down([_TO_SPLIT])
+        halves = await producer.split(_TO_SPLIT)
+        left, right = halves
+        self._resharded.append(f"Shard {short(_TO_SPLIT)} was split into {names(halves)}")
+        await self._until([_TO_SPLIT], _is_ending)
+        self._tell(
+            screen,
+            5,
+            f"Shard {short(_TO_SPLIT)} was split while orders flow. It is ending: read to its end, but the target is "
+            f"slow with its last orders. New ones go into its children {names(halves)}, which wait for it: "
+            "the keys stay in order.",
+        )
+        waited = await self._let_end(halves, times)
+        self._tell(
+            screen,
+            6,
+            f"Shard {short(_TO_SPLIT)} is done with its {self._target.shards[_TO_SPLIT].delivered} orders, and only "
+            f"now its children {names(halves)} are read, from their start: {waited} orders had waited in them.",
+        )
+        await self._pause(times.read)
+        if self._stop.is_set():
+            return
+        self._target.slow_down(halves)
+        merged = await producer.merge(left, right)
+        self._resharded.append(f"these merged into {names(merged)}")
+        await self._until(halves, _is_ending)
+        self._tell(
+            screen,
+            7,
+            f"Shards {names(halves)} were merged into {names(merged)}. Both are ending; {names(merged)} waits until "
+            "both are done. The other shards go on at the tip.",
+        )
+        waited = await self._let_end(merged, times)
+        kinesis = self._target.tallies["kinesis"]
+        self._tell(
+            screen,
+            8,
+            f"Shards {names(halves)} are done and {names(merged)} is read: {waited} orders had waited in it. Four "
+            f"shards are open again. Of {kinesis.delivered} orders so far {kinesis.disorders} came out of order within "
+            f"their key or shard, {kinesis.duplicates} came twice.",
+        )
+
+    async def _let_end(self, children: tuple[str, ...], times: _Times) -> int:
+        """The target is slow no more after a while, and the children start: with how many orders waiting in them."""
+        await self._pause(times.slow)
+        waited = self._target.on_the_way(children)
+        self._waited += waited
+        self._target.hurry()
+        await self._until(children, lambda status: status["state"] == "running")
+        return waited
+
+    async def _until(self, shards: Iterable[str], is_so: Callable[[dict[str, Any]], bool]) -> None:
+        """Waits until the daemon's status of each of the shards is so."""
+        while not all(shard in self._shards and is_so(self._shards[shard]) for shard in shards):
+            self._looked.clear()
+            await self._looked.wait()
 
     async def _pause(self, seconds: float | None) -> None:
         """Until the stop, `seconds` at most."""
@@ -232,15 +357,23 @@ class _Demo:
                 f"Shard {short(poison.shard)} was blocked for {poison.blocked:.1f} s by order {poison.number} "
                 f"({poison.attempts} attempts); the other three delivered {poison.others} orders in that time."
             )
+        if self._resharded:
+            print(f"{', '.join(self._resharded)}; {self._waited} orders waited for the end of their shard's parents.")
+        if self._target.early:
+            problems.append(f"kinesis: {self._target.early} records came before the last of their shard's parents")
         if not problems:
             print("All that was produced was delivered, in order within each shard and key.")
         return problems
 
 
-def _config(arns: dict[str, str], aws_url: str, target_url: str, port: int, home: Path) -> dict[str, Any]:
+def _is_ending(status: dict[str, Any]) -> bool:
+    return bool(status["state"] == "ending")
+
+
+def _config(arns: dict[str, str], urls: dict[str, str], target_url: str, port: int, home: Path) -> dict[str, Any]:
     shared = {"FunctionName": "orders", "BatchSize": 10}
     return {
-        "aws": {"region": REGION, "endpoint_url": aws_url},
+        "aws": {"region": REGION, "endpoint_url": urls["sqs"], "endpoint_urls": {"kinesis": urls["kinesis"]}},
         "functions": {"orders": {"url": target_url, "timeout_seconds": 10}},
         "event_source_mappings": [
             {"EventSourceArn": arns["kinesis"], **shared, "StartingPosition": "TRIM_HORIZON"},
@@ -250,7 +383,7 @@ def _config(arns: dict[str, str], aws_url: str, target_url: str, port: int, home
         "store": f"sqlite://{home}/poller.db",
         "server": {"host": "127.0.0.1", "port": port},
         "log": {"level": "info", "format": "json"},
-        "retry": {"initial_backoff_seconds": 0.2, "maximum_backoff_seconds": 2},
+        "retry": {"initial_backoff_seconds": 0.2, "maximum_backoff_seconds": 1},
         "shutdown_grace_seconds": GRACE_SECONDS,
     }
 

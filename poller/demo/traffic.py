@@ -16,7 +16,9 @@ STREAM = TABLE = QUEUE = "orders"
 SHARDS = 4
 SOURCES = ("kinesis", "dynamodb", "sqs")
 _PER_SECOND = {"kinesis": 20.0, "dynamodb": 5.0, "sqs": 5.0}
-_CUSTOMERS = 30  # partition keys; their MD5 puts 7 to 8 of them into each of the four shards, 3 or 4 into each half of #2
+_CUSTOMERS = (
+    30  # partition keys; their MD5 puts 7 to 8 of them into each of the four shards, 3 or 4 into each half of #2
+)
 _ITEMS = 10
 
 
@@ -278,8 +280,8 @@ class Producer:
             for parent in parents:
                 await self._put(_customer_in(self._target.shards[parent].hash_keys))
             await change()
-            await self._clients["kinesis"].get_waiter("stream_exists").wait(
-                StreamName=STREAM, WaiterConfig={"Delay": 1}
+            await (
+                self._clients["kinesis"].get_waiter("stream_exists").wait(StreamName=STREAM, WaiterConfig={"Delay": 1})
             )
             return await self._find_shards()
 

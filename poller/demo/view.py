@@ -60,13 +60,13 @@ class Lines:
         print(f"\n>> {text}\n", flush=True)
 
     def draw(self, shards: dict[str, dict[str, Any]], seconds: float) -> None:
-        """`4 s  delivered/produced: kinesis 78/80  dynamodb 20/20  sqs 20/20  shards: #0 running  #1 BLOCKED ...`"""
+        """`4 s  delivered/produced: kinesis 78/80  dynamodb 20/20  sqs 20/20  shards: #0 running  #1 BLOCKED ...`."""
         counts = "  ".join(
             f"{source} {tally.delivered}/{tally.produced}" for source, tally in self._target.tallies.items()
         )
         states = [f"{short(shard)} {_state(self._target, shard, shards)}" for shard in _not_done(self._target, shards)]
         if done := _done(shards):
-            states.append(f"done {names(done)}")
+            states.append(f"done {done}")
         print(f"{seconds:3.0f} s  delivered/produced: {counts}  shards: {'  '.join(states)}", flush=True)
 
     def end(self) -> None:
@@ -98,7 +98,7 @@ class Screen:
         """Implements View."""
         layout = Layout()
         lines = len(_not_done(self._target, shards)) + 3
-        title = f"Kinesis shards, done: {names(_done(shards))}" if _done(shards) else "Kinesis shards"
+        title = f"Kinesis shards, done: {done}" if (done := _done(shards)) else "Kinesis shards"
         layout.split_column(
             Layout(self._head(seconds), size=1),
             Layout(_panel(self._sources(), "Sources"), size=len(SOURCES) + 3),
@@ -165,28 +165,33 @@ class Screen:
         return text
 
 
-def _done(shards: dict[str, dict[str, Any]]) -> list[str]:
-    return sorted(shard for shard, status in shards.items() if status["state"] == "done")
+def _is_done(shard: str, shards: dict[str, dict[str, Any]]) -> bool:
+    return shard in shards and bool(shards[shard]["state"] == "done")
+
+
+def _done(shards: dict[str, dict[str, Any]]) -> str:
+    """`#2 #4`."""
+    return " ".join(short(shard) for shard in sorted(shards) if _is_done(shard, shards))
 
 
 def _not_done(target: Target, shards: dict[str, dict[str, Any]]) -> list[str]:
     """The shards that have a line of their own: six at most, while one is split or two are merged."""
-    return sorted(set(target.shards) - set(_done(shards)))
+    return [shard for shard in sorted(target.shards) if not _is_done(shard, shards)]
 
 
 def _state(target: Target, shard: str, shards: dict[str, dict[str, Any]], *, is_wide: bool = False) -> str:
     """What a shard is doing, and what holds it: a batch that fails, by its first sequence number, or its parents."""
-    if parents := [parent for parent in target.shards[shard].parents if parent not in _done(shards)]:
+    if parents := [parent for parent in target.shards[shard].parents if not _is_done(parent, shards)]:
         return f"waits for {names(parents)}"
     if shard not in shards:
-        return "found next"
+        return "starting"
     status = shards[shard]
     if status["blocked_seconds"]:
         first: str = status["first_sequence"]
         sequence = first if is_wide or len(first) <= _SHORT else f"…{first[-_SHORT:]}"
         return f"BLOCKED {status['blocked_seconds']:.1f} s, attempt {status['attempts']}, by {sequence}"
     if status["state"] == "ending":
-        return f"ending, {status['held']} to deliver"
+        return f"ending, {target.on_the_way([shard])} to deliver"
     return str(status["state"])
 
 

@@ -1,5 +1,7 @@
-"""`poller demo` as a user runs it: a process of its own, with MiniStack and the daemon as its children."""
+"""`poller demo` as a user runs it: a process of its own, with MiniStack, roto and the daemon as its children."""
 
+import base64
+import json
 import os
 import re
 import signal
@@ -13,17 +15,37 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from poller import demo
+from poller.demo import processes
+from poller.demo.traffic import Shard, Target
 
 pytestmark = pytest.mark.integration
 
 _ROOT = Path(__file__).parents[2]
 _END_SECONDS = 60.0
+_COMMAND = ("-m", "poller")
+_WITHOUT_ROTO = (
+    "-c",
+    """
+import sys
+from importlib import metadata
+find = metadata.files
+def files(name):
+    if name == "roto-aws":
+        raise metadata.PackageNotFoundError(name)
+    return find(name)
+metadata.files = files
+from poller.cli import main
+sys.exit(main(sys.argv[1:]))
+""",
+)
 
 
 @contextmanager
-def running(tmp_path: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+def running(tmp_path: Path, *arguments: str, command: tuple[str, ...] = _COMMAND) -> Iterator["subprocess.Popen[str]"]:
     """The demo under a user whose AWS variables lead to nowhere; killed if the test leaves it running."""
     (tmp_path / "credentials").write_text("[company]\naws_access_key_id = AKIAREAL\naws_secret_access_key = real\n")
     hostile = {
@@ -39,10 +61,11 @@ def running(tmp_path: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"
         "http_proxy": "http://127.0.0.1:9",
         "POLLER_CONFIG": str(tmp_path / "no-config"),
         "GATEWAY_PORT": "1",
+        "ROTO_DATA_DIR": str(tmp_path / "no-data"),
         "TMPDIR": str(tmp_path),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "poller", "demo", *arguments],
+        [sys.executable, *command, "demo", *arguments],
         cwd=_ROOT,
         env={**os.environ, **hostile},
         stdin=subprocess.DEVNULL,
@@ -124,25 +147,43 @@ def test_everything_produced_is_delivered_and_nothing_is_left(finished):
 def test_one_shard_is_blocked_and_recovers_while_the_others_go_on(finished):
     """The poison record blocks its shard only, and is itself delivered after the repair."""
     _, output, _, _ = finished
-    steps = [output.index(f">> {number}/4") for number in (1, 2, 3, 4)]
+    steps = [output.index(f">> {number}/8") for number in (1, 2, 3, 4)]
     assert steps == sorted(steps)
     order, shard = re.search(r"any batch with order (\d+) .*? Its shard (#\d) is blocked", output).groups()
     blocked = [line for line in output[steps[1] : steps[3]].splitlines() if "BLOCKED" in line]
     assert blocked
     for line in blocked:
-        assert re.search(rf"{shard} BLOCKED [\d.]+ s, attempt \d+, by …\d+", line)
+        assert re.search(rf"{shard} BLOCKED [\d.]+ s, attempt \d+, by \d+", line)
         assert line.count("running") == 3
     taken = re.search(rf"Order {order} was taken at attempt (\d+); .* delivered (\d+) orders in that time", output)
     assert int(taken[1]) > 1
     assert int(taken[2]) > 0
 
 
+def test_a_split_and_a_merge_are_followed_in_order(finished):
+    """The parents end, then are done, only then the children run; nothing is lost, twice, early or out of order."""
+    _, output, _, _ = finished
+    states = dict(re.findall(r"^>> ([5-8])/8  .*\n\n.*  shards: (.*)$", output, re.MULTILINE))
+    assert list(states) == ["5", "6", "7", "8"], output
+    assert re.search(r"#2 ending, [1-9]\d* to deliver  #3 running  #4 waits for #2  #5 waits for #2$", states["5"])
+    assert states["6"] == "#0 running  #1 running  #3 running  #4 running  #5 running  done #2"
+    assert re.search(
+        r"#4 ending, [1-9]\d* to deliver  #5 ending, [1-9]\d* to deliver  #6 waits for #4 and #5  done #2$", states["7"]
+    )
+    assert states["8"] == "#0 running  #1 running  #3 running  #6 running  done #2 #4 #5"
+    assert "0 came out of order within their key or shard, 0 came twice" in output
+    summary = re.search(r"^Shard #2 was split into #4 and #5, these merged into #6; (\d+) orders", output, re.MULTILINE)
+    assert int(summary[1]) > 0
+    assert output.endswith("All that was produced was delivered, in order within each shard and key.\n")
+
+
 def test_the_first_lines_say_what_runs_where(finished):
     """Ports, config file, status page and the command to try stand before the first record."""
     _, output, _, _ = finished
-    head = output[: output.index(">> 1/4")]
+    head = output[: output.index(">> 1/8")]
     for pattern in (
         r"http://127\.0\.0\.1:\d+ \(MiniStack",
+        r"http://127\.0\.0\.1:\d+ \(roto",
         r"http://127\.0\.0\.1:\d+/orders",
         r"poller run -c /\S+/poller\.yaml \(pid \d+\)",
         r"status page +http://127\.0\.0\.1:\d+/",
@@ -167,11 +208,75 @@ def test_ctrl_c_ends_it_in_order(tmp_path):
 def test_a_signal_while_the_shard_is_blocked_repairs_the_target(tmp_path):
     """SIGTERM in the middle of the story does not lose the poison record."""
     with running(tmp_path) as process:
-        until(process, r">> 2/4")
+        until(process, r">> 2/8")
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=_END_SECONDS)
         assert (process.returncode, errors) == (0, "")
     assert "All that was produced was delivered" in output
+
+
+def test_ctrl_c_while_a_parent_is_ending_delivers_its_children(tmp_path):
+    """The slow batch is answered at once, the parent ends, what waited in the children arrives; no merge follows."""
+    with running(tmp_path, "--duration", "20") as process:
+        head = until(process, r">> 5/8")
+        press_ctrl_c(process)
+        output, errors = process.communicate(timeout=_END_SECONDS)
+        assert (process.returncode, errors) == (0, "")
+    assert "Shard #2 was split into #4 and #5;" in output
+    assert "merged" not in output
+    assert "All that was produced was delivered" in output
+    assert left_behind(tmp_path) == []
+    for url in set(re.findall(r"http://127\.0\.0\.1:\d+", head)):
+        wait_refused(url)
+
+
+def test_without_roto_it_leaves_the_reshard_out(tmp_path):
+    """No roto-aws: one line says so, Kinesis comes from MiniStack, four steps, and all else is as always."""
+    with running(tmp_path, "--duration", "8", command=_WITHOUT_ROTO) as process:
+        output, errors = process.communicate(timeout=_END_SECONDS)
+        assert (process.returncode, errors) == (0, ""), output
+    assert len(re.findall(r"^Kinesis .*without roto-aws the demo leaves that out$", output, re.MULTILINE)) == 1
+    assert re.findall(r"^>> (\d/\d) ", output, re.MULTILINE) == ["1/4", "2/4", "3/4", "4/4"]
+    assert "split" not in output
+    assert all(produced == delivered > 0 for produced, delivered, _ in counts(output).values())
+
+
+def test_roto_is_found_by_what_its_package_installed(monkeypatch):
+    """The program itself, by a full path; nothing when the package is absent or lists no such file."""
+    program = processes.roto_server()
+    assert program is not None
+    assert Path(program).is_absolute()
+    assert os.access(program, os.X_OK)
+    monkeypatch.setattr(processes.metadata, "files", lambda _: None)
+    assert processes.roto_server() is None
+
+
+@pytest.mark.parametrize(("first", "early"), [("parent", 0), ("child", 1)])
+async def test_a_child_that_overtakes_its_parent_is_counted(first, early):
+    """A record of a child before the last one of its parent is early; after it, it is not."""
+
+    def event(shard: str, number: int) -> dict[str, object]:
+        data = base64.b64encode(json.dumps({"number": number, "poison": False}).encode()).decode()
+        kinesis = {"data": data, "partitionKey": f"key of {shard}"}
+        return {"Records": [{"eventSource": "aws:kinesis", "eventID": f"shardId-{shard}:1", "kinesis": kinesis}]}
+
+    target = Target()
+    target.shards = {
+        "shardId-0": Shard((0, 9), (), produced=1),
+        "shardId-1": Shard((0, 9), ("shardId-0",), produced=1),
+    }
+    events = {
+        "parent": event("0", target.tallies["kinesis"].put(0.0)),
+        "child": event("1", target.tallies["kinesis"].put(0.0)),
+    }
+    app = web.Application()
+    app.router.add_post("/", target.handle)
+    async with TestClient(TestServer(app)) as client:
+        for name in sorted(events, key=lambda name: name != first):
+            answer = await client.post("/", json=events[name], headers={"X-Poller-Attempt": "1"})
+            assert answer.status == 200
+    assert target.early == early
+    assert target.on_the_way(target.shards) == 0
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path):

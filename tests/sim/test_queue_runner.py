@@ -198,6 +198,28 @@ def test_an_expired_receipt_is_never_invoked() -> None:
     run(main)
 
 
+def test_what_expired_while_receiving_was_in_trouble_is_not_invoked() -> None:
+    """A window that could not go on holds messages that somebody else may have by now."""
+
+    async def main():
+        setup = Setup(Target(timeout=1.0), size=25, window=5.0, visibility=40.0)
+        failures = [SourceThrottled("slow")] * 12
+
+        def trouble():
+            if setup.queue.receives and failures:
+                raise failures.pop()
+
+        setup.queue.trouble = trouble
+        setup.queue.send("a")
+        await setup.run_for(120)
+        [(at, ids)] = setup.target.batches
+        assert ids == ["m0"]
+        assert setup.queue.messages[0].receives == 2
+        assert at > 40
+
+    run(main)
+
+
 def test_a_window_gathers_and_ends_on_time() -> None:
     """BatchSize or the window, whichever is first; an empty window does not run."""
 

@@ -449,6 +449,39 @@ def test_the_byte_budget_is_shared_and_never_starves() -> None:
     run(main)
 
 
+def test_a_read_that_was_under_way_when_memory_ran_short_is_not_taken_in() -> None:
+    """What was dropped lies before it: it comes again, in order."""
+
+    class Slow(Source):
+        async def fetch(self, shard: str, iterator: str, limit: int) -> Fetch:
+            fetch = await super().fetch(shard, iterator, limit)
+            if fetch.newest == "3":
+                await asyncio.sleep(5)
+            return fetch
+
+    class Stuck(Target):
+        async def invoke(self, call) -> Reply:
+            self.calls.append(call.payload)
+            await asyncio.sleep(2)
+            return Reply(ReplyStatus.OK if len(self.calls) > 1 else ReplyStatus.FUNCTION_ERROR)
+
+    async def main():
+        source = Slow([page(1, 2), page(3), page(2, 3)])
+        shard = Shard(source, target=Stuck(), size=1, budget=1_000_000)
+        task = asyncio.ensure_future(shard.worker.run())
+        await asyncio.sleep(1.5)
+        shard.budget.take(1_000_000)
+        await asyncio.sleep(3)
+        shard.budget.give(1_000_000)
+        await asyncio.sleep(30)
+        assert source.asked == [TRIM_HORIZON, Position(AFTER, "1")]
+        assert shard.target.calls == [b'{"Records":[{%d}]}' % n for n in (1, 1, 2, 3)]
+        shard.worker.stop()
+        await task
+
+    run(main)
+
+
 def test_a_lost_lease_cuts_off_what_is_in_flight() -> None:
     """Somebody else owns the shard: the worker ends at once and writes nothing."""
 
