@@ -415,6 +415,16 @@ def _add(counter: Counter, events: int) -> None:
         counter.inc(events)
 
 
+# A store that one process holds alone knows no leases of others, and none that expire.
+_LEASES = {
+    ShardState.OPEN: "free",
+    ShardState.STARTING: "owned",
+    ShardState.RUNNING: "owned",
+    ShardState.ENDING: "owned",
+    ShardState.DRAINING: "owned",
+}
+
+
 class _Scrape(Collector):
     """The registry, and what is true at the moment of a scrape: ages, states, the records lost by shard."""
 
@@ -449,12 +459,15 @@ class _Scrape(Collector):
             "Records that left retention before they were done.",
             labels=(*_LABELS, "shard"),
         )
+        leases = GaugeMetricFamily("poller_leases", "Leases of shards, as this process sees them.", labels=("state",))
+        held: Tally[str] = Tally()
         for mapping in self._status:
             names: Labels = (mapping.id, mapping.function, str(mapping.source))
             circuit.add_metric(names, mapping.breaker != "closed")
             if not mapping.source.is_stream:
                 continue
             counts = Tally(shard.state for shard in mapping.shards)
+            held.update(_LEASES[shard.state] for shard in mapping.shards if shard.state in _LEASES)
             for state in ShardState:
                 states.add_metric((*names, state), counts[state])
             losses = self._losses.setdefault(names, {})
@@ -471,5 +484,7 @@ class _Scrape(Collector):
         for names, by_shard in self._losses.items():
             for shard_id, count in by_shard.items():
                 lost.add_metric((*names, shard_id), count)
+        for lease in ("owned", "other", "free", "expired"):
+            leases.add_metric((lease,), held[lease])
         yield from self._registry.collect()
-        yield from (age, behind, headroom, blocked, states, circuit, lost)
+        yield from (age, behind, headroom, blocked, states, leases, circuit, lost)

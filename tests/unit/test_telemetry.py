@@ -83,6 +83,7 @@ TABLE = {  # the table of the public contract: name -> type, labels
     "poller_checkpoints_total": ("counter", M),
     "poller_checkpoint_duration_seconds": ("histogram", M),
     "poller_shards": ("gauge", M | {"state"}),
+    "poller_leases": ("gauge", {"state"}),
     "poller_records_lost_total": ("counter", M | {"shard"}),
     "poller_store_requests_total": ("counter", {"operation", "outcome"}),
     "poller_circuit_open": ("gauge", M),
@@ -260,6 +261,8 @@ async def test_ages_are_computed_at_scrape():
     assert key("poller_iterator_age_seconds", shard="closed") not in found
     states = {state: found[key("poller_shards", state=state)] for state in ShardState}
     assert states == {state: {ShardState.RUNNING: 2, ShardState.DONE: 1}.get(state, 0) for state in ShardState}
+    assert found["poller_leases", (("state", "owned"),)] == 2
+    assert found["poller_leases", (("state", "free"),)] == 0
     assert found[key("poller_circuit_open")] == 1
     assert found[key("poller_circuit_open", uuid="q1", source="sqs")] == 0
     assert key("poller_shards", uuid="q1", source="sqs", state="running") not in found
