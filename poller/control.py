@@ -7,6 +7,7 @@ mapping API ---------+        |
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ _log = structlog.get_logger(__name__)
 
 _MADE = "mapping/"  # store keys: API-made mappings
 _DELETED = "deleted/"  # API-made mappings whose positions are still to be deleted
+_DYNAMODB_READERS = 2  # at once of one shard (semantics 3.1)
 _TOGGLED = "enabled/"  # and `Enabled` of declared ones, set through the API
 _GONE = ApiError("ResourceNotFoundException", 404, "The resource you requested does not exist.")
 
@@ -105,6 +107,13 @@ class ControlPlane:
             self._want(entry)
         for uuid, twin in self._twins():
             _log.warning("mapping_duplicated", mapping=uuid, twin=twin, meaning="both read the same source")
+        for arn, readers in self._crowded():
+            _log.warning(
+                "stream_crowded",
+                source_arn=arn,
+                readers=readers,
+                meaning=f"DynamoDB throttles more than {_DYNAMODB_READERS} readers of a shard; use one mapping and fan out",
+            )
 
     def _declare(self, item: Declared, path: str) -> None:
         known = self._entries.get(item.uuid)
@@ -145,6 +154,15 @@ class ControlPlane:
             twin = seen.setdefault(self._identity(entry.document), entry.uuid)
             if twin != entry.uuid:
                 yield entry.uuid, twin
+
+    def _crowded(self) -> Iterator[tuple[str, int]]:
+        """DynamoDB streams with more enabled mappings than its shards take readers."""
+        readers = Counter(
+            entry.document["EventSourceArn"] for entry in self._entries.values() if self._is_enabled(entry)
+        )
+        for arn, count in readers.items():
+            if count > _DYNAMODB_READERS and parse_source(arn).kind is SourceKind.DYNAMODB:
+                yield arn, count
 
     def _identity(self, document: Mapping[str, Any]) -> tuple[str, str]:
         """What there may be one mapping for: source ARN and function ARN with its qualifier."""

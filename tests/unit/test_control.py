@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import structlog
 
 from poller.control import ControlPlane
 from poller.errors import ApiError
@@ -155,3 +156,18 @@ async def test_a_changed_function_reaches_its_mappings(control) -> None:
     assert control._supervisor.wanted["u-1"] == before
     await control.apply(settings(Declared("u-1", DECLARED, 3), f=HttpFunction("f", "http://127.0.0.1:2/")))
     assert control._supervisor.wanted["u-1"] != before
+
+
+async def test_a_third_reader_of_a_dynamodb_stream_is_warned_about(control) -> None:
+    """It would be throttled, and so would the other two."""
+    arn = "arn:aws:dynamodb:eu-west-1:123456789012:table/t/stream/2026-01-01T00:00:00.000"
+    items = [
+        Declared(f"u-{n}", normalize({"EventSourceArn": arn, "FunctionName": f"f{n}", "StartingPosition": "LATEST"}), n)
+        for n in range(3)
+    ]
+    with structlog.testing.capture_logs() as logs:
+        await control.apply(settings(*items[:2]))
+    assert "stream_crowded" not in {entry["event"] for entry in logs}
+    with structlog.testing.capture_logs() as logs:
+        await control.apply(settings(*items))
+    assert [entry["readers"] for entry in logs if entry["event"] == "stream_crowded"] == [3]
