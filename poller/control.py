@@ -112,7 +112,7 @@ class ControlPlane:
                 "stream_crowded",
                 source_arn=arn,
                 readers=readers,
-                meaning=f"DynamoDB throttles more than {_DYNAMODB_READERS} readers of a shard; use one mapping and fan out",
+                meaning=f"DynamoDB throttles more than {_DYNAMODB_READERS} readers of a shard; read once and fan out",
             )
 
     def _declare(self, item: Declared, path: str) -> None:

@@ -216,30 +216,32 @@ class _Feed:
                 self._token = _token(Start("AT_SEQUENCE_NUMBER", event.Records[0].SequenceNumber))
             elif event.ContinuationSequenceNumber:
                 self._token = _after(event.ContinuationSequenceNumber)
-            undo.pop_all()  # else the shard has ended, and ends again wherever it is read from
+            # Else the shard has ended, and its tip stays where it is.
+            undo.pop_all()
             self._watch()
         return self._token
 
     def close(self) -> None:
         """Give up the subscription and what came by it. The tokens that were handed out bring it back."""
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+        self._unwatch()
         self._hang_up()
         self._token = ""
         self._event = None
         self._handed_out = 0
 
     def _go_to(self, token: str) -> None:
-        if self._unread is not None:
-            self._unread.cancel()
-            self._unread = None
+        self._unwatch()
         if token != self._token:
             self.close()
             self._token = token
 
     def _watch(self) -> None:
         self._unread = asyncio.get_running_loop().call_later(UNREAD_LIMIT, self.close)
+
+    def _unwatch(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _hang_up(self) -> None:
         if self._subscription is not None:
