@@ -13,13 +13,15 @@ from poller.core.model import END, TRIM_HORIZON, Checkpoint, Listing, Position, 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`create`: rows to write before anything is read. `ready`: shards that may be read, in the order of the listing.
-    `blocked`: shards that wait for a parent. `delete`: tombstones that nobody needs any more.
+    `blocked`: shards that wait for a parent. `delete`: tombstones that nobody needs any more. `orphans`: new shards
+    with a parent that was never seen: it came and expired while nobody looked, and what it held is lost.
     """
 
     create: tuple[Row, ...]
     ready: tuple[ShardId, ...]
     blocked: tuple[ShardId, ...]
     delete: tuple[ShardId, ...]
+    orphans: tuple[ShardId, ...] = ()
 
 
 def plan(listing: Listing, rows: MappingABC[ShardId, Row], start: Position) -> Plan:
@@ -50,7 +52,8 @@ def plan(listing: Listing, rows: MappingABC[ShardId, Row], start: Position) -> P
         # records may be in flight. Expired unread, its reader finds out that it is gone and ends it.
         waits = any(parent in known and not is_done(known[parent]) for parent in row.parents)
         (blocked if waits else ready).append(row.shard)
-    return Plan(create, tuple(ready), tuple(blocked), _forgettable(known, listed))
+    orphans = () if is_first_sight else tuple(row.shard for row in create if any(p not in known for p in row.parents))
+    return Plan(create, tuple(ready), tuple(blocked), _forgettable(known, listed), orphans)
 
 
 def is_done(row: Row) -> bool:

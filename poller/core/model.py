@@ -4,7 +4,7 @@ Durations are seconds, instants are epoch seconds, both float. Sequence numbers 
 (21 to 56 digits) and are compared as integers, never as text.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
 from typing import NamedTuple, TypeAlias
@@ -311,13 +311,18 @@ Outcome: TypeAlias = Delivered | Partial | Failed | Throttled
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One shard in the store: its lease and its checkpoint. `token` rises with every change of owner."""
+    """One shard in the store: its lease and its checkpoint. `token` rises with every change of owner.
+
+    `saved_at`: when the position was last written, by the store's clock: the shard was read until then at least; inf
+    when the store does not say. It is no part of the row's identity.
+    """
 
     shard: ShardId
     checkpoint: Checkpoint
     parents: tuple[ShardId, ...] = ()
     owner: str | None = None
     token: int = 0
+    saved_at: float = field(default=inf, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

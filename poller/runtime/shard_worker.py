@@ -54,13 +54,22 @@ class ShardWorker:
     """Runs one shard until it ends, is stopped, or its lease is lost.
 
     `is_fresh`: the row was created by this process just now, so a LATEST position may be taken by a LATEST iterator,
-    once; later it is the moment that the row names.
+    once; later it is the moment that the row names. `is_stale`: so old that records after the position may have left
+    retention.
     After `run` returned, `checkpoint()` is what to save; `has_ended` says that the shard is read and settled to its
     end, `is_gone` that the source does not know it any more, `is_lost` that the lease is another's: write nothing.
     """
 
     def __init__(
-        self, context: Context, pipe: Pipe, source: StreamSource, row: Row, lease: Lease, *, is_fresh: bool
+        self,
+        context: Context,
+        pipe: Pipe,
+        source: StreamSource,
+        row: Row,
+        lease: Lease,
+        *,
+        is_fresh: bool,
+        is_stale: bool = False,
     ) -> None:
         assert pipe.traits is not None
         self.lease = lease
@@ -77,6 +86,8 @@ class ShardWorker:
         self._source = source
         self._at = row.checkpoint.position  # where an iterator is asked for: after what is in memory
         self._is_fresh = is_fresh
+        self._is_stale = is_stale
+        self._is_inclusive = False  # the record that the next read must begin with is settled already
         self._floor = -inf  # records that arrived before it are not ours (LATEST on DynamoDB, after a restart)
         self._expected = ""  # the record that the next read must begin with, else something was trimmed
         self._flow = ShardFlow(pipe.mapping.batch, pipe.mapping.retry, context.backoff.delay, row.checkpoint)
@@ -368,12 +379,19 @@ class ShardWorker:
         self._is_fresh = False  # LATEST is asked for once, answered or not: what came in between would be lost
         iterator = await self._source.iterator(self.lease.shard, position)
         self._expected = position.value if position.kind is PositionKind.AT else ""
+        self._is_inclusive = position is not self._at and bool(self._expected)
         if not self._is_stopped:
             self.state = ShardState.RUNNING
         return iterator
 
     def _position(self) -> Position:
-        """After the last record that is in memory, else where the row says."""
+        """After the last record that is in memory, else where the row says.
+
+        A source may pass over a trimmed position without a word. So a stale one is asked for with the settled record
+        itself: when it is not there, what followed may be gone too, and that is said.
+        """
+        if self._is_stale and self._at.kind is PositionKind.AFTER:
+            return Position(PositionKind.AT, self._at.value)
         if self._at.kind is not PositionKind.LATEST or self._is_fresh:
             return self._at
         if self._traits.has_timestamps:
@@ -393,10 +411,13 @@ class ShardWorker:
     def _admit(self, fetch: Fetch) -> None:
         records = fetch.records
         self._at = Position(PositionKind.AFTER, fetch.newest)
+        self._is_stale = False
         self._record_bytes = max(1, fetch.nbytes // fetch.read)
         if self._expected:
             if records and records[0].id != self._expected:
                 self._report_loss(f"the shard now begins at {records[0].id}, after the position {self._expected}")
+            elif self._is_inclusive:
+                records = records[1:]
             self._expected = ""
         if self._floor > -inf:
             records = tuple([record for record in records if record.arrival >= self._floor])

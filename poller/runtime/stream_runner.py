@@ -35,6 +35,8 @@ from poller.runtime.waiting import sleep_until, wait_until
 _log = structlog.get_logger(__name__)
 
 LISTING_INTERVAL = 30.0  # besides at the end of each shard
+_LEAST_RETENTION = 86_400.0  # of a stream, where it does not say
+_STALE_RESERVE = 3_600.0
 FRESH = 1.0  # how long after its row a LATEST iterator still means the same moment
 _RELEASE_TRIES = 5
 
@@ -145,6 +147,8 @@ class StreamRunner:
         plan = lineage.plan(listing, await store.load(mapping), self._start)
         if plan.create:
             await store.create(mapping, plan.create)
+            for shard in plan.orphans:
+                self._report_loss(shard, "a parent of the shard came and expired without having been seen")
             now = self._clock.now()
             self._fresh.update(
                 (row.shard, now) for row in plan.create if row.checkpoint.position.kind is PositionKind.LATEST
@@ -232,7 +236,9 @@ class StreamRunner:
             await self._bury(lease)
             return True
         is_fresh = self._clock.now() - self._fresh.pop(row.shard, -inf) <= FRESH
-        worker = ShardWorker(self._context, self._pipe, source, row, lease, is_fresh=is_fresh)
+        retention = self.retention or _LEAST_RETENTION
+        is_stale = self._clock.now() - row.saved_at > retention - _STALE_RESERVE
+        worker = ShardWorker(self._context, self._pipe, source, row, lease, is_fresh=is_fresh, is_stale=is_stale)
         self._workers[row.shard] = worker
         await worker.run()
         if worker.is_lost:
@@ -252,10 +258,11 @@ class StreamRunner:
         """The shard has left the stream before it was read to its end: what it still held is lost, and that is said."""
         await self._context.store.release(lease, Checkpoint(END))
         self._gone.discard(lease.shard)
-        self._pipe.observer.lost(lease.shard, 1)
-        self._log(
-            _log.error, "records_lost", shard=lease.shard, reason="the shard expired before it was read to its end"
-        )
+        self._report_loss(lease.shard, "the shard expired before it was read to its end")
+
+    def _report_loss(self, shard: ShardId, reason: str) -> None:
+        self._pipe.observer.lost(shard, 1)
+        self._log(_log.error, "records_lost", shard=shard, reason=reason)
 
     async def _release(self, worker: ShardWorker, checkpoint: Checkpoint | None) -> None:
         """Write the last position and give the lease up; a store that is away is asked again, within the grace."""

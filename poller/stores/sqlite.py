@@ -410,17 +410,18 @@ def _create(connection: sqlite3.Connection, mapping: MappingId, rows: Sequence[R
 def _load(connection: sqlite3.Connection, mapping: MappingId) -> dict[ShardId, Row]:
     found = connection.execute(
         """
-        SELECT shard, position_kind, position_value, resume, tumbling, owner, token, parents FROM shards
+        SELECT shard, position_kind, position_value, resume, tumbling, owner, token, parents,
+            CAST(strftime('%s', updated_at) AS REAL) FROM shards
         WHERE mapping = ? ORDER BY shard
         """,
         (mapping,),
     )
     rows = {}
-    for shard, kind, value, resume, tumbling, owner, token, parents in found:
+    for shard, kind, value, resume, tumbling, owner, token, parents, saved_at in found:
         try:
             vectors = tuple(tuple(int(floor) for floor in vector) for vector in json.loads(resume))
             checkpoint = Checkpoint(Position(PositionKind(kind), value), vectors, tumbling)
-            rows[shard] = Row(shard, checkpoint, tuple(json.loads(parents)), owner, token)
+            rows[shard] = Row(shard, checkpoint, tuple(json.loads(parents)), owner, token, saved_at or 0.0)
         except (TypeError, ValueError) as error:
             raise StoreUnavailable(
                 f"The store's row of mapping {mapping}, shard {shard} is damaged: {error}."
@@ -431,7 +432,7 @@ def _load(connection: sqlite3.Connection, mapping: MappingId) -> dict[ShardId, R
 def _acquire(connection: sqlite3.Connection, mapping: MappingId, row: Row, owner: str) -> Lease | None:
     taken = connection.execute(
         """
-        UPDATE shards SET owner = ?, token = token + 1, updated_at = CURRENT_TIMESTAMP
+        UPDATE shards SET owner = ?, token = token + 1  -- updated_at stays: it says when the position was written
         WHERE mapping = ? AND shard = ? AND owner IS ? AND token = ?
         """,
         (owner, mapping, row.shard, row.owner, row.token),

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from poller.aws.session import AwsClients
 from poller.settings import AwsSettings
+from tests.fakes.aws import FakeAws
 from tests.integration import emulators
 from tests.integration.daemon import Daemon, Ledger
 
@@ -33,6 +34,13 @@ def roto() -> str:
 def moto() -> str:
     """URL of moto: DynamoDB Streams. Its account is always 123456789012."""
     return emulators.running("moto")
+
+
+@pytest.fixture
+async def fake_aws() -> AsyncIterator[FakeAws]:
+    """Kinesis and DynamoDB Streams that roll, trim, expire and throttle on demand; in this process, one for the test."""
+    async with FakeAws() as aws:
+        yield aws
 
 
 @pytest.fixture

@@ -125,7 +125,13 @@ class Shard:
         )
         row = Row("shard", Checkpoint(position))
         self.worker = ShardWorker(
-            context, pipe, source, row, Lease("m", "shard", "me", 1), is_fresh=more.get("is_fresh", False)
+            context,
+            pipe,
+            source,
+            row,
+            Lease("m", "shard", "me", 1),
+            is_fresh=more.get("is_fresh", False),
+            is_stale=more.get("is_stale", False),
         )
 
 
@@ -279,6 +285,24 @@ def test_a_read_that_begins_after_its_position_is_a_loss_too() -> None:
         fine = Shard(Source([page(7)]), Position(AT, "7"))
         await run_for(fine, 5)
         assert fine.observer.counts["lost"] == 0
+
+    run(main)
+
+
+def test_a_stale_position_is_asked_for_with_its_own_record() -> None:
+    """A source may pass over a trimmed position without a word: then the record is missing, and that is said."""
+
+    async def main():
+        source = Source([page(7, 8), IteratorExpired("old"), page(9)])
+        shard = Shard(source, Position(AFTER, "7"), is_stale=True)
+        await run_for(shard, 5)
+        assert source.asked == [Position(AT, "7"), Position(AFTER, "8")]
+        assert shard.target.calls == [b'{"Records":[{8}]}', b'{"Records":[{9}]}']
+        assert shard.observer.counts["lost"] == 0
+        shard = Shard(Source([page(), page(9)]), Position(AFTER, "7"), is_stale=True)
+        await run_for(shard, 5)
+        assert shard.target.calls == [b'{"Records":[{9}]}']
+        assert shard.observer.counts["lost"] == 1
 
     run(main)
 

@@ -73,6 +73,15 @@ def test_a_shard_that_vanished_is_still_tried() -> None:
     assert plan(listing(Shard("b")), rows(Row("a", GOING), Row("b", GOING)), TRIM_HORIZON).ready == ("a", "b")
 
 
+def test_a_generation_that_nobody_saw_is_an_orphans_loss() -> None:
+    """Its parent came and expired unread. At first sight, or with a parent that is known or listed, nothing is lost."""
+    known = rows(Row("a", DONE))
+    assert plan(listing(Shard("c", ("b",))), known, TRIM_HORIZON).orphans == ("c",)
+    assert plan(listing(Shard("c", ("b",))), {}, TRIM_HORIZON).orphans == ()
+    assert plan(listing(Shard("b", ("a",))), known, TRIM_HORIZON).orphans == ()
+    assert plan(listing(Shard("b", ("a",)), Shard("c", ("b",))), known, TRIM_HORIZON).orphans == ()
+
+
 def test_tombstones_stay_until_nobody_needs_them() -> None:
     """Deleted too early, a shard that is listed again would be delivered again from its start."""
     known = rows(Row("a", DONE), Row("b", DONE, ("a",)), Row("c", GOING, ("b",)))

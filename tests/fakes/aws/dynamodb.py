@@ -8,10 +8,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tests.fakes.aws.shards import (
-    AFTER,
-    AT,
-    LATEST,
-    TRIM_HORIZON,
     AwsFault,
     Caller,
     Rate,
@@ -198,15 +194,13 @@ class DynamoStreams:
                 index = shard.trimmed
             case "LATEST":
                 index = shard.end
-            case (AT | AFTER) as kind:
+            case ("AT_SEQUENCE_NUMBER" | "AFTER_SEQUENCE_NUMBER") as kind:
                 sequence = _sequence(request)
                 if shard.is_trimmed(sequence):
                     raise _trimmed()
-                index = shard.index_at(sequence + (kind == AFTER))
+                index = shard.index_at(sequence + (kind == "AFTER_SEQUENCE_NUMBER"))
             case kind:
-                raise AwsFault(
-                    "ValidationException", f"ShardIteratorType {kind} is none of {TRIM_HORIZON}, {LATEST}, ..."
-                )
+                raise AwsFault("ValidationException", f"ShardIteratorType {kind} does not exist")
         return {"ShardIterator": stream.token(shard, index, self._now())}
 
     def _get_records(self, _: Caller, request: dict[str, Any]) -> bytes:
@@ -222,13 +216,13 @@ class DynamoStreams:
         readers = stream.readers.setdefault(shard.id, Readers(_READERS))
         if self._is_throttling() and not readers.allows(now, token.reader):
             raise AwsFault("LimitExceededException", "More than two processes read from the shard")
-        if token.index < shard.trimmed:
+        if token.place < shard.trimmed:
             raise _trimmed()
-        records, _bytes = shard.read(token.index, limit, MAX_BYTES)
+        records, _bytes = shard.read(token.place, limit, MAX_BYTES)
         if shard.empty_pages and records:
             shard.empty_pages -= 1
             records = []
-        index = token.index + len(records)
+        index = token.place + len(records)
         if shard.is_closed and index == shard.end:
             tail = b"]}"
         else:

@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tests.fakes.aws.shards import (
-    AFTER,
-    AT,
-    AT_TIMESTAMP,
     AwsFault,
     Bandwidth,
     Caller,
@@ -194,6 +191,7 @@ class Kinesis:
 
     def _list_shards(self, caller: Caller, request: dict[str, Any]) -> dict[str, Any]:
         most = int(request.get("MaxResults", _SHARDS_PER_PAGE["ListShards"]))
+        start: object
         if "NextToken" in request:
             if beside := {"StreamName", "StreamCreationTimestamp", "ExclusiveStartShardId"} & request.keys():
                 raise _invalid(f"NextToken and {min(beside)} cannot be provided together.")
@@ -261,12 +259,12 @@ class Kinesis:
                 index = shard.trimmed
             case "LATEST":
                 index = shard.end
-            case (AT | AFTER) as kind:
+            case ("AT_SEQUENCE_NUMBER" | "AFTER_SEQUENCE_NUMBER") as kind:
                 # What was trimmed is no error here: reading begins at the horizon.
-                index = shard.index_at(_sequence(stream, shard, request) + (kind == AFTER))
+                index = shard.index_at(_sequence(stream, shard, request) + (kind == "AFTER_SEQUENCE_NUMBER"))
             case "AT_TIMESTAMP":
                 if not isinstance(at := request.get("Timestamp"), int | float) or at > now:
-                    raise _invalid(f"The timestamp {at} of {AT_TIMESTAMP} is missing or in the future.")
+                    raise _invalid(f"The timestamp {at} of AT_TIMESTAMP is missing or in the future.")
                 index = shard.index_since(at)
             case kind:
                 raise AwsFault("ValidationException", f"ShardIteratorType {kind} does not exist")
@@ -286,7 +284,7 @@ class Kinesis:
             raise AwsFault("ExpiredIteratorException", "Iterator expired. It was created more than 5 minutes ago.")
         if self._is_throttling() and not (shard.bandwidth.allows(now) and shard.reads.allows(now)):
             raise _rate_exceeded(stream, shard)
-        index = max(token.index, shard.trimmed)
+        index = max(token.place, shard.trimmed)
         records, nbytes = shard.read(index, limit, MAX_BYTES)
         if shard.empty_pages and records:
             shard.empty_pages -= 1
@@ -334,7 +332,7 @@ class Kinesis:
     def _put(self, stream: KinesisStream, entry: dict[str, Any]) -> dict[str, Any]:
         key, data = str(required(entry, "PartitionKey")), str(required(entry, "Data"))
         try:
-            nbytes = len(base64.b64decode(data, validate=True)) + len(key.encode())
+            nbytes = len(base64.b64decode(data, validate=True))
         except binascii.Error:
             raise AwsFault("SerializationException", "Data is not base64") from None
         if nbytes > _MAX_RECORD_BYTES or not key:
@@ -352,7 +350,7 @@ class Kinesis:
             data.encode(),
             encode(key),
         )
-        shard.append(number, wire, now, nbytes)
+        shard.append(number, wire, now, nbytes + len(key.encode()))
         return {"SequenceNumber": str(number), "ShardId": shard.id}
 
 

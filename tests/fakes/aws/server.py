@@ -10,7 +10,9 @@ Everything that AWS does by itself over hours happens here on demand and at once
     expire    {stream, shard?}             every iterator and NextToken given out so far is too old
     empty     {stream, shard?, pages}      the next answers with records are empty instead, and behind
     fail_puts {stream, entries}            these entries of the next PutRecords fail
+    refuse    {operation, code}            every call is answered with this error; code null: no more
     throttle  {on}                         AWS's limits by load: calls, bytes, readers
+    shards    {stream}                     answers what is there: parents, is_open, held sequence numbers
     stats     {}                           answers calls by operation and outcome
 
 Shard and stream are an id and an ARN. A mistake in a command is answered 400 with a sentence.
@@ -29,7 +31,7 @@ import msgspec
 from aiohttp import web
 
 from tests.fakes.aws import dynamodb, kinesis
-from tests.fakes.aws.shards import AwsFault, Caller, Stream, encode, required
+from tests.fakes.aws.shards import AwsFault, Caller, Service, Stream, encode, required
 
 _MAX_REQUEST_BYTES = 256 * 2**20
 
@@ -48,6 +50,7 @@ class FakeAws:
         self.calls: Counter[tuple[str, str]] = Counter()  # (operation, "ok" or AWS's error code)
         self._kinesis = kinesis.Kinesis(self._now, lambda: self.is_throttling)
         self._dynamodb = dynamodb.DynamoStreams(self._now, lambda: self.is_throttling)
+        self._refused: dict[str, str] = {}
         self._services = {each.service.target: each.service for each in (self._kinesis, self._dynamodb)}
         self._commands: dict[str, Callable[..., Any]] = {
             "stream": self.stream,
@@ -58,7 +61,9 @@ class FakeAws:
             "expire": self.expire,
             "empty": self.empty,
             "fail_puts": self.fail_puts,
+            "refuse": self.refuse,
             "throttle": self.throttle,
+            "shards": self.shards,
             "stats": self.stats,
         }
         app = web.Application(client_max_size=_MAX_REQUEST_BYTES)
@@ -135,9 +140,23 @@ class FakeAws:
         """These entries of the next PutRecords fail, the others do not; may be said for several calls in advance."""
         self._kinesis.stream(stream).failing.append(frozenset(entries))
 
+    def refuse(self, operation: str, code: str | None) -> None:
+        """Every call of an operation is answered with an error; None: no more."""
+        if code is None:
+            self._refused.pop(operation, None)
+        else:
+            self._refused[operation] = code
+
     def throttle(self, on: bool) -> None:
         """Whether limits by load are kept."""
         self.is_throttling = on
+
+    def shards(self, stream: str) -> dict[str, dict[str, Any]]:
+        """What has not expired, parents before children: `parents`, `is_open`, `held` sequence numbers."""
+        return {
+            one.id: {"parents": one.parents, "is_open": not one.is_closed, "held": [str(n) for n in one.sequences]}
+            for one in self._any(stream).shards.values()
+        }
 
     def stats(self) -> dict[str, dict[str, int]]:
         """How many calls there were, by operation and outcome: `ok` or AWS's error code."""
@@ -158,13 +177,7 @@ class FakeAws:
         target, _, operation = request.headers.get("X-Amz-Target", "").partition(".")
         service = self._services.get(target)
         try:
-            if service is None or operation not in service.operations:
-                raise AwsFault("UnknownOperationException", f"{target}.{operation} is not known here")
-            call, members = service.operations[operation]
-            caller, document = _caller(request), _object(await request.read())
-            if unknown := document.keys() - members:
-                raise AwsFault("ValidationException", f"{operation} with {min(unknown)} is not known here")
-            answer = call(caller, document)
+            answer = self._called(service, operation, request, await request.read())
             status, outcome = 200, "ok"
         except AwsFault as fault:
             status, outcome = fault.status, fault.code
@@ -178,20 +191,35 @@ class FakeAws:
         body = answer if isinstance(answer, bytes) else encode(answer)
         return web.Response(status=status, body=body, headers=headers)
 
+    def _called(
+        self, service: Service | None, operation: str, request: web.Request, body: bytes
+    ) -> dict[str, Any] | bytes:
+        if service is None or operation not in service.operations:
+            raise AwsFault("UnknownOperationException", f"{request.headers.get('X-Amz-Target')} is not known here")
+        if code := self._refused.get(operation):
+            raise AwsFault(code, f"{operation} is refused")
+        call, members = service.operations[operation]
+        document = _object(body)
+        if unknown := document.keys() - members:
+            raise AwsFault("ValidationException", f"{operation} with {min(unknown)} is not known here")
+        return call(_caller(request), document)
+
     async def _command(self, request: web.Request) -> web.Response:
-        name = request.match_info["command"]
         try:
-            if (command := self._commands.get(name)) is None:
-                raise AwsFault("UnknownCommand", f"{name} is none of {', '.join(self._commands)}")
-            arguments = _object(await request.read())
-            try:
-                inspect.signature(command).bind(**arguments)
-            except TypeError as error:
-                raise AwsFault("BadArguments", f"{name}: {error}") from None
-            answer = command(**arguments)
+            answer = self._commanded(request.match_info["command"], await request.read())
         except AwsFault as fault:
             return web.json_response({"error": str(fault)}, status=400)
         return web.json_response(answer)
+
+    def _commanded(self, name: str, body: bytes) -> Any:
+        if (command := self._commands.get(name)) is None:
+            raise AwsFault("UnknownCommand", f"{name} is none of {', '.join(self._commands)}")
+        arguments = _object(body)
+        try:
+            inspect.signature(command).bind(**arguments)
+        except TypeError as error:
+            raise AwsFault("BadArguments", f"{name}: {error}") from None
+        return command(**arguments)
 
 
 def _object(body: bytes) -> dict[str, Any]:

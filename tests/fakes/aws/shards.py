@@ -8,9 +8,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
-TRIM_HORIZON, LATEST, AT, AFTER = "TRIM_HORIZON", "LATEST", "AT_SEQUENCE_NUMBER", "AFTER_SEQUENCE_NUMBER"
-AT_TIMESTAMP = "AT_TIMESTAMP"
-
 encode = msgspec.json.Encoder().encode
 
 
@@ -53,13 +50,13 @@ def required(document: dict[str, Any], name: str) -> Any:
 class Token(NamedTuple):
     """What a shard iterator says. It may be used again and fixes its place when it is made.
 
-    `index` counts every record that the shard ever had. `epoch` is older than the shard's once it was made to expire.
+    `place` counts every record that the shard ever had. `epoch` is older than the shard's once it was made to expire.
     `reader` stays the same over a chain of reads.
     """
 
     stream: str
     shard: str
-    index: int
+    place: int
     reader: int
     epoch: int
     issued: float
@@ -219,10 +216,8 @@ class Shard:
         numbers = {"StartingSequenceNumber": str(self.starting)}
         if self.ending is not None:
             numbers["EndingSequenceNumber"] = str(self.ending)
-        shard: dict[str, Any] = {"ShardId": self.id, "SequenceNumberRange": numbers}
-        for name, parent in zip(("ParentShardId", "AdjacentParentShardId"), self.parents, strict=False):
-            shard[name] = parent
-        return shard
+        parents = zip(("ParentShardId", "AdjacentParentShardId"), self.parents, strict=False)
+        return {"ShardId": self.id, "SequenceNumberRange": numbers, **dict(parents)}
 
 
 class Stream:
