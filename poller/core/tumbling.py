@@ -13,6 +13,7 @@ from math import floor, inf
 from poller.core.model import Record, Window
 
 NO_STATE = b"{}"
+LATENESS = 2.0  # seconds after its end in which a record of a window may still appear: clocks differ, AWS stamps early
 MAX_STATE_BYTES = 1_048_576  # "1 MB per shard"; a returned state of 1,048,640 characters ended a window early
 
 
@@ -77,10 +78,10 @@ class TumblingWindow:
         self._tip_at = -inf
 
     def is_quiet(self, end: float) -> bool:
-        """The shard was read to its tip after `end`: a window that ends there is complete although no later record
-        came. No timer does that: a shard that cannot be read for a while would be cut into half windows.
+        """The shard was read to its tip a little after `end`: a window that ends there is complete although no later
+        record came. No timer does that: a shard that cannot be read for a while would be cut into half windows.
         """
-        return self._tip_at >= end
+        return self._tip_at >= end + LATENESS
 
     def describe(self, *, is_final: bool) -> Window:
         """What an invocation is told."""

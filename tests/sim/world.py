@@ -74,6 +74,7 @@ class Plan:
     start: PositionKind
     max_concurrency: int | None
     is_dynamodb: bool = False  # no timestamps, no lag
+    skew: float = 0.0  # of AWS's clock against ours
     tumbling: float = 0.0
 
     @classmethod
@@ -96,6 +97,7 @@ class Plan:
             start=rng.choice([PositionKind.TRIM_HORIZON, PositionKind.TRIM_HORIZON, PositionKind.LATEST]),
             max_concurrency=rng.choice([None, None, 1, 2]),
             is_dynamodb=rng.random() < 0.4,
+            skew=rng.choice([0.0, 0.0, -1.5, 1.5]),
         )
         if rng.random() < 0.2:
             # Nothing is given up, so that a final state must count every record of its window.
@@ -146,6 +148,10 @@ class World:
 
     # --- the stream
 
+    def aws_now(self) -> float:
+        """What AWS's clock says."""
+        return self.clock.now() + self.plan.skew
+
     def _add_shard(self, parents: tuple[str, ...], low: int, high: int) -> None:
         shard = SimShard(f"shardId-{len(self.shards):012d}", parents, low, high)
         self.shards[shard.id] = shard
@@ -157,7 +163,7 @@ class World:
         self._next += self.rng.randrange(1, 5)
         sequence = self._next
         wire = json.dumps({"id": str(sequence), "key": key, "pad": "x" * self.rng.randrange(0, 200)}).encode()
-        shard.records.append(Record(str(sequence), key, self.clock.now(), wire))
+        shard.records.append(Record(str(sequence), key, self.aws_now(), wire))
         self.shard_of[str(sequence)] = shard.id
         self.key_of[str(sequence)] = key
         self.order_of.setdefault(key, []).append(sequence)
@@ -421,7 +427,7 @@ class NodeSource:
         world = self.node.world
         shards = [Shard(s.id, s.parents, s.is_closed) for s in world.shards.values() if s.id not in world.expired]
         self.node.world.rng.shuffle(shards)
-        return Listing(tuple(shards), self.node.world.clock.now())
+        return Listing(tuple(shards), world.aws_now())
 
     async def facts(self) -> StreamFacts:
         await self._call()
@@ -439,10 +445,10 @@ class NodeSource:
                 # The tip as of this call: asked a second time, it would pass over what came in between.
                 if shard in self.node.world.latest_asked:
                     raise Violation(f"LATEST of {shard} was asked for twice")
-                if self.node.world.clock.now() - self.node.world.ours_from[shard] > 2.0:
+                if self.node.world.aws_now() - self.node.world.ours_from[shard] > 2.0:
                     raise Violation(f"LATEST of {shard} was asked for long after it was pinned")
                 self.node.world.latest_asked.add(shard)
-                self.node.world.ours_from[shard] = self.node.world.clock.now()
+                self.node.world.ours_from[shard] = self.node.world.aws_now()
                 index = len(records)
             case PositionKind.AT_TIMESTAMP:
                 assert not self.node.world.plan.is_dynamodb
@@ -468,7 +474,7 @@ class NodeSource:
         end = start if is_empty else min(len(sim.records), start + min(limit, world.rng.choice([3, 50])))
         records = tuple(sim.records[start:end])
         is_end = sim.is_closed and end == len(sim.records)
-        lag = 0.0 if end == len(sim.records) else max(0.001, world.clock.now() - sim.records[end].arrival)
+        lag = 0.0 if end == len(sim.records) else max(0.001, world.aws_now() - sim.records[end].arrival)
         if world.plan.is_dynamodb:
             lag = None
         return Fetch(
