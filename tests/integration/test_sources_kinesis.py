@@ -81,7 +81,7 @@ async def test_a_listing_has_the_servers_time(stub, source) -> None:
     assert (await source.shards()).at == pytest.approx(SystemClock(asyncio.get_running_loop()).now(), abs=5)
 
 
-@pytest.mark.parametrize("operation", ["shards", "retention"])
+@pytest.mark.parametrize("operation", ["shards", "facts"])
 async def test_a_truncated_description_is_no_answer(stub, source, operation) -> None:
     """botocore reads it as an empty one; an empty listing would look like a stream whose shards are all gone."""
     stub.script["ListShards"] = stub.script["DescribeStreamSummary"] = [truncated]
