@@ -92,9 +92,11 @@ class Connections:
         at a time per URL, whatever names it has.
         """
         limits = [limit for limit in (settings.max_concurrency, target.capacity) if limit is not None]
-        is_rie = isinstance(settings, HttpFunction) and settings.protocol == "rie"
-        name = settings.url if isinstance(settings, HttpFunction) and is_rie else settings.name
-        return self._gates.setdefault((name, min(limits, default=None)), Gate(min(limits, default=None)))
+        limit = min(limits, default=None)
+        name = settings.name
+        if isinstance(settings, HttpFunction) and settings.protocol == "rie":
+            name = settings.url
+        return self._gates.setdefault((name, limit), Gate(limit))
 
     async def disconnect(self, pipe: Pipe) -> None:
         """Close the target with its last mapping."""

@@ -46,12 +46,8 @@ class AccessDenied(PollerError):  # noqa: N818
     """The credentials may not do this: show it, keep trying slowly, spend no attempts."""
 
 
-class LeaseLost(PollerError):  # noqa: N818
-    """Somebody else owns the shard: stop at once, write nothing more."""
-
-
 class StoreUnavailable(PollerError):  # noqa: N818
-    """The store did not answer: retry until the lease's fence, then behave as after LeaseLost."""
+    """The store did not answer: try again; what could not be saved is delivered again after a crash."""
 
 
 class StoreInUse(PollerError):  # noqa: N818
