@@ -22,6 +22,7 @@ from poller.core.model import (
 
 _HEAD, _TAIL = b'{"Records":[', b"]}"
 ENVELOPE_BYTES = len(_HEAD) + len(_TAIL)
+_MAX_DELAY = 43_200  # seconds; SQS's longest visibility timeout
 WINDOW_BYTES = 1024  # more than the members of a tumbling window take, its state apart
 
 # Answers of a function that has nothing to report. Anything else is parsed.
@@ -132,7 +133,11 @@ def _judge_window(body: bytes, records: Sequence[Record], window: Window, *, rep
 
 
 def _judge_batch_response(answer: Any, records: Sequence[Record], *, ordered: bool) -> Outcome:
-    """As semantics 6.4 (streams) and 8.5 (SQS) have it: one malformed member fails the whole batch."""
+    """As semantics 6.4 (streams) and 8.5 (SQS) have it: one malformed member fails the whole batch.
+
+    Beyond AWS, an item of a queue may have `delaySeconds`; for streams it means nothing. A message that is named more
+    than once waits as its last `delaySeconds` says.
+    """
     if answer is _NotJson:
         return Failed("the function's answer is not JSON, but the mapping has ReportBatchItemFailures")
     if isinstance(answer, list) and answer:
@@ -148,14 +153,21 @@ def _judge_batch_response(answer: Any, records: Sequence[Record], *, ordered: bo
     for index, record in enumerate(records if items else ()):
         places.setdefault(record.id, index)  # of equal ids the first, so that no record is skipped
     failed: list[int] = []
+    delays: dict[str, float] = {}
     for item in items:
         name = item.get("itemIdentifier") if isinstance(item, dict) else None
         place = places.get(name) if isinstance(name, str) else None
         if place is None:
             return Failed("batchItemFailures has an item without an itemIdentifier of this batch")
         failed.append(place)
+        delay = None if ordered else item.get("delaySeconds")
+        if delay is None:
+            continue
+        if isinstance(delay, bool) or not isinstance(delay, int | float) or not 0 <= delay <= _MAX_DELAY:
+            return Failed(f"batchItemFailures has a delaySeconds that is no number from 0 to {_MAX_DELAY}")
+        delays[records[place].id] = float(delay)
     if not failed:
         return Delivered()
     if ordered:
         return Partial(index=min(failed))
-    return Partial(failed=frozenset(records[place].id for place in failed))
+    return Partial(failed=frozenset(records[place].id for place in failed), delays=tuple(delays.items()))

@@ -82,6 +82,40 @@ def test_queues_keep_exactly_what_was_named() -> None:
     )
 
 
+def delayed(name, seconds) -> dict:
+    return {"itemIdentifier": name, "delaySeconds": seconds}
+
+
+def test_a_queue_s_message_may_say_when_it_wants_to_come_back() -> None:
+    """Seconds, whole or not, for that message only; null says nothing, and of two the last one counts."""
+    body = failures(delayed("10", 0), named("11"), delayed("12", 7))
+    everything = frozenset(("10", "11", "12"))
+    assert answer(body, ordered=False) == Partial(failed=everything, delays=(("10", 0.0), ("12", 7.0)))
+    assert answer(failures(delayed("10", 43_200), delayed("12", 0.5)), ordered=False).delays == (
+        ("10", 43_200.0),
+        ("12", 0.5),
+    )
+    assert answer(failures(delayed("10", None)), ordered=False) == Partial(failed=frozenset(("10",)))
+    again = failures(delayed("10", 5), delayed("10", 9), delayed("10", None), named("10"))
+    assert answer(again, ordered=False) == Partial(failed=frozenset(("10",)), delays=(("10", 9.0),))
+
+
+@pytest.mark.parametrize(
+    "seconds", [-1, -0.001, 43_200.001, 43_201, 10**30, True, False, "5", "", [], {}, float("nan"), float("inf")]
+)
+def test_a_delay_that_is_none_fails_the_whole_batch(seconds) -> None:
+    """A wrong delaySeconds is a malformed answer, also beside good ones; the text says which member."""
+    for body in (failures(delayed("10", seconds)), failures(delayed("11", 5), delayed("10", seconds))):
+        outcome = answer(body, ordered=False)
+        assert outcome == Failed("batchItemFailures has a delaySeconds that is no number from 0 to 43200")
+
+
+@pytest.mark.parametrize("seconds", [5, -1, True, "5", None])
+def test_streams_know_no_delay(seconds) -> None:
+    """As AWS does with members that it does not know: not looked at."""
+    assert answer(failures(delayed("11", seconds))) == Partial(index=1)
+
+
 def test_without_the_feature_the_body_is_not_read() -> None:
     """The body of a success is ignored unless FunctionResponseTypes has ReportBatchItemFailures."""
     assert answer(failures(named("10")), report=False) == Delivered()
