@@ -56,7 +56,7 @@ class Connections:
         self._metrics = metrics
         self._sources = Sources(clients, clock)
         self._functions: dict[tuple[FunctionSettings, str], _Shared] = {}
-        self._gates: dict[tuple[str, int | None], Gate] = {}
+        self._gates: dict[tuple[str, int | None, float | None], Gate] = {}
 
     async def connect(self, wanted: Wanted, result: LastResult) -> Pipe:
         """The pipe of a mapping. ConfigError when its target's files (CA, certificate) cannot be read."""
@@ -88,15 +88,15 @@ class Connections:
         )
 
     def _gate(self, settings: FunctionSettings, target: Target) -> Gate:
-        """`max_concurrency` holds for the function in the whole daemon; the Runtime Interface Emulator takes one call
-        at a time per URL, whatever names it has.
+        """`max_concurrency` and `max_invocations_per_second` hold for the function in the whole daemon; the Runtime
+        Interface Emulator takes one call at a time per URL, whatever names it has.
         """
         limits = [limit for limit in (settings.max_concurrency, target.capacity) if limit is not None]
-        limit = min(limits, default=None)
+        limit, rate = min(limits, default=None), settings.max_invocations_per_second
         name = settings.name
         if isinstance(settings, HttpFunction) and settings.protocol == "rie":
             name = settings.url
-        return self._gates.setdefault((name, limit), Gate(limit))
+        return self._gates.setdefault((name, limit, rate), Gate(limit, rate))
 
     async def disconnect(self, pipe: Pipe) -> None:
         """Close the target with its last mapping."""

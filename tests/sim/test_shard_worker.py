@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -375,6 +376,35 @@ def test_waiting_for_a_slot_does_not_hold_up_a_stop() -> None:
             await run_for(shard, 5)
         assert not shard.target.calls
         assert not gate.is_scarce
+
+    run(main)
+
+
+def test_a_rate_is_never_exceeded_and_nothing_is_attempted_while_it_waits(monkeypatch) -> None:
+    """max_invocations_per_second: batches wait their turn with their first attempt before them, retries too."""
+    read_clock = SimpleNamespace(monotonic=lambda: asyncio.get_running_loop().time())
+    monkeypatch.setattr("asyncio_throttle.throttler.time", read_clock)
+
+    class Timed(Target):
+        def __init__(self) -> None:
+            super().__init__()
+            self.times: list[float] = []
+            self.attempts: list[int] = []
+
+        async def invoke(self, call) -> Reply:
+            self.times.append(asyncio.get_running_loop().time())
+            self.attempts.append(call.attempt)
+            return Reply(ReplyStatus.FUNCTION_ERROR if len(self.times) == 3 else ReplyStatus.OK)
+
+    async def main():
+        target = Timed()
+        shard = Shard(Source([page(*range(1, 21))]), target=target, size=1, gate=Gate(None, 2.0))
+        await run_for(shard, 5)
+        windows = zip(target.times, target.times[2:], strict=False)
+        assert all(later - earlier > 1.0 for earlier, later in windows)
+        assert len(target.times) == 10
+        assert target.attempts == [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
+        assert shard.worker.checkpoint() == Checkpoint(Position(AT, "10"))
 
     run(main)
 
