@@ -43,6 +43,7 @@ from poller.settings import (
     SigV4Auth,
     StoreSettings,
     TlsSettings,
+    is_reserved_header,
 )
 from poller.shapes import (
     Choice,
@@ -115,14 +116,8 @@ def _store_path(url: str) -> str:
     return path if path != url and path.startswith(("./", "../")) else ""
 
 
-_RESERVED_HEADERS = frozenset(
-    {"connection", "content-length", "content-type", "idempotency-key", "traceparent", "transfer-encoding"}
-    | {"user-agent", "x-amzn-trace-id"}
-)
-
-
 def _header_name(name: str) -> Complaint | None:
-    if name.lower() in _RESERVED_HEADERS or name.lower().startswith("x-poller-"):
+    if is_reserved_header(name):
         return "is a header that esm-poller sets itself", "take it out"
     return None
 
@@ -328,7 +323,7 @@ _REFUSED: tuple[tuple[str, str, _Test], ...] = (
     (r"tracing", "tracing", lambda _: True),
     (r"lease_seconds", "a lease time", lambda _: True),
     (r"limits\.shard_series", "a limit of shard series", lambda _: True),
-    (r"functions\.[^.]+\.max_invocations_per_second", "a rate of invocations", lambda _: True),
+    (r"log\.payloads", "logging payloads", lambda value: convert(Flag(), value, ("",)) is True),
 )
 
 
@@ -517,6 +512,7 @@ class _Loader:
             for name, function in functions.items():
                 if isinstance(function, dict):
                     self._check_function(join("functions", name), function)
+            self._check_emulators(functions)
         items = values.get("event_source_mappings")
         if isinstance(items, list):
             self._check_mappings(items, list(functions) if isinstance(functions, dict) else [])
@@ -551,6 +547,18 @@ class _Loader:
                 self._mistake(f"{path}.tls", "has only one of cert and key", "give both or none")
             if isinstance(url, str) and url.lower().startswith("http://"):
                 self._mistake(f"{path}.tls", "has no effect on an http:// url", "take it out or use https://")
+
+    def _check_emulators(self, functions: dict[str, Any]) -> None:
+        """All names of one emulator share its one place for an invocation, so they share the rate too."""
+        rates: dict[str, tuple[Any, str]] = {}
+        for name, function in functions.items():
+            match function:
+                case {"protocol": "rie", "url": str() as url}:
+                    path, rate = join("functions", name), function.get("max_invocations_per_second")
+                    expected, first = rates.setdefault(url, (rate, path))
+                    if rate != expected:
+                        said = f"is another one than that of {first}, which has the same url and takes one invocation"
+                        self._mistake(f"{path}.max_invocations_per_second", f"{said} at a time", "give both the same")
 
     def _check_mappings(self, items: list[Any], functions: list[str]) -> None:
         uuids: dict[str, str] = {}

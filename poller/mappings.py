@@ -6,7 +6,7 @@ the answers of the real service where they differ.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -23,6 +23,7 @@ from poller.core.model import (
     MappingId,
     Position,
     PositionKind,
+    QueuePolicy,
     RetryPolicy,
     SourceKind,
     SourceSpec,
@@ -262,11 +263,11 @@ FIELDS: tuple[MappingField, ...] = (
         "ProvisionedPollerConfig",
         Object(
             (
-                Field("MinimumPollers", Whole(1, 200), "Fewest receive loops."),
-                Field("MaximumPollers", Whole(1, 10_000), "Most receive loops."),
+                Field("MinimumPollers", Whole(1, 200), "Fewest receive loops, from 2. Default: 2."),
+                Field("MaximumPollers", Whole(1, 10_000), "Most receive loops. Default: 200."),
             )
         ),
-        "Bounds of a queue mapping's receive loops.",
+        "Bounds of a queue mapping's receive loops; not together with ScalingConfig.",
         _QUEUES,
     ),
     MappingField(
@@ -294,10 +295,14 @@ FIELDS: tuple[MappingField, ...] = (
         Object(
             (
                 Field("IncludePayload", Flag(), "Failure records to SQS and SNS carry the payload where it fits."),
-                Field("CircuitBreaker", Flag(), "false: a queue is read even while its target does not answer."),
+                Field(
+                    "CircuitBreaker",
+                    Flag(),
+                    "false: a queue is read even while its target throttles or does not answer. Default: true.",
+                ),
                 Field("AssumeRoleArn", Text("the ARN of a role", 20, 2048, r"arn:.+"), "Role for reading the source."),
-                Field("ScaleUpPerMinute", Whole(1, 10_000), "How fast a queue's receive loops grow."),
-                Field("MaximumReceivers", Whole(1, 10_000), "Most receive loops of a queue."),
+                Field("ScaleUpPerMinute", Whole(1, 10_000), "Receive loops of a queue added a minute. Default: 300."),
+                Field("MaximumReceivers", Whole(1, 10_000), "Most receive loops of a queue. Default: 1250."),
             )
         ),
         "What AWS does not have.",
@@ -317,12 +322,14 @@ _OTHER_SOURCES = frozenset(
     }
 )
 
-# What later versions bring. Taking a line out allows the feature.
-_NOT_YET: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("FilterCriteria", "event filtering", lambda value: bool(value.get("Filters"))),
-    ("DestinationConfig", "a failure destination", lambda value: bool(_destination(value))),
-    ("ProvisionedPollerConfig", "provisioned mode", bool),
-    ("Options", "a mapping option", bool),
+_DESTINATION_PATH = "DestinationConfig.OnFailure.Destination"
+
+# What later versions bring: refused where it is neither false nor empty. Taking a line out allows the feature.
+_NOT_YET = (
+    ("FilterCriteria.Filters", "event filtering"),
+    (_DESTINATION_PATH, "a failure destination"),
+    ("Options.IncludePayload", "payloads in failure records"),
+    ("Options.AssumeRoleArn", "a role for reading the source"),
 )
 NOT_YET = "is not supported by this version of esm-poller yet"
 
@@ -359,6 +366,11 @@ def check_create(document: Mapping[str, Any], *, declared: bool = False, now: fl
     if problem:
         problems.append(problem)
     if source:
+        if sound.get("ProvisionedPollerConfig") == {}:  # an update clears with it
+            message = "Either MinimumPollers or MaximumPollers are required if ProvisionedPollerConfig is provided."
+            hint = "give one of them, or take ProvisionedPollerConfig out"
+            if source.kind is SourceKind.SQS:
+                problems.append(Problem("ProvisionedPollerConfig", _INVALID, message, hint))
         problems += _check_rules(sound, document, source, wall_clock() if now is None else now)
     return problems
 
@@ -368,7 +380,7 @@ def check_update(current: Mapping[str, Any], changes: Mapping[str, Any]) -> list
     problems = _check_shape(changes, {Uses.BOTH})
     sound = _sound(changes, problems)
     source = parse_source(current["EventSourceArn"])
-    merged = {**current, **sound}
+    merged = _merged(current, sound)
     # A timestamp that was in the past when the mapping was made still is.
     return problems + list(_check_rules(merged, changes, source, float("inf")))
 
@@ -438,11 +450,19 @@ def _check_rules(
         own = _check_stream(document, source, broken, now)
     found = [*own, *_check_common(document, source)]
     yield from found
-    named = {problem.path.split(".")[0] for problem in found}
-    for name, feature, is_used in _NOT_YET:
-        if name in document and name not in named and is_used(document[name]):
-            hint = f"take {name} out"
-            yield Problem(name, _INVALID, f"{name}: {feature} {NOT_YET}.", hint, f"{feature} {NOT_YET}")
+    named = {problem.path for problem in found}
+    for path, feature in _NOT_YET:
+        if path not in named and _member(document, path):
+            hint = f"take {path.rpartition('.')[2]} out"
+            yield Problem(path, _INVALID, f"{path}: {feature} {NOT_YET}.", hint, f"{feature} {NOT_YET}")
+
+
+def _member(document: Mapping[str, Any], path: str) -> Any:
+    """The value at a path of keys in a sound document; None where there is none."""
+    value: Any = document
+    for key in path.split("."):
+        value = value.get(key) if value else None
+    return value
 
 
 def _unsuitable(name: str, source: SourceSpec) -> Problem:
@@ -464,14 +484,10 @@ def _check_queue(document: Mapping[str, Any], source: SourceSpec, broken: set[st
         message = "Maximum batch window in seconds must be greater than 0 if maximum batch size is greater than 10"
         hint = "give MaximumBatchingWindowInSeconds 1 or more, or a BatchSize of at most 10"
         yield Problem("BatchSize", _INVALID, message, hint)
-    pollers = document.get("ProvisionedPollerConfig")
-    if not pollers:
+    if not document.get("ProvisionedPollerConfig"):
         return
-    least, most = pollers.get("MinimumPollers"), pollers.get("MaximumPollers")
-    if least is None and most is None:
-        message = "Either MinimumPollers or MaximumPollers are required if ProvisionedPollerConfig is provided."
-        yield Problem("ProvisionedPollerConfig", _INVALID, message)
-    elif (least or 2) < 2 or (most or 200) < (least or 2):
+    pollers = _PROVISIONED | document["ProvisionedPollerConfig"]
+    if not _PROVISIONED["MinimumPollers"] <= pollers["MinimumPollers"] <= pollers["MaximumPollers"]:
         message = (
             "MinimumPollers should be between [2, 200] and MaximumPollers should be between [MinimumPollers, 10000]"
         )
@@ -516,6 +532,10 @@ def _check_stream(document: Mapping[str, Any], source: SourceSpec, broken: set[s
         yield Problem(
             "BisectBatchOnFunctionError", _INVALID, message, hint, "is not supported: batches are never split"
         )
+    for name in document.get("Options", {}):
+        if name in _QUEUE_OPTIONS:
+            hint = f"take it out; {name} is not for {_SOURCE_NAMES[source.kind]}"
+            yield Problem(f"Options.{name}", _INVALID, f"Options.{name} is only for SQS queues.", hint)
     if document["TumblingWindowInSeconds"] > 0:
         if document["ParallelizationFactor"] > 1:
             message = "TumblingWindowInSeconds cannot be used with a ParallelizationFactor above 1"
@@ -555,8 +575,9 @@ _SOURCE_NAMES = {
     SourceKind.DYNAMODB: "DynamoDB streams",
     SourceKind.SQS: "SQS queues",
 }
+_QUEUE_OPTIONS = frozenset({"CircuitBreaker", "MaximumReceivers", "ScaleUpPerMinute"})
+_PROVISIONED = {"MinimumPollers": 2, "MaximumPollers": 200}  # the bounds that are not given
 _START_HINT = "give TRIM_HORIZON (all that is retained), LATEST, or for Kinesis AT_TIMESTAMP"
-_DESTINATION_PATH = "DestinationConfig.OnFailure.Destination"
 
 
 def _destination(config: Mapping[str, Any]) -> str:
@@ -626,6 +647,8 @@ def normalize(document: Mapping[str, Any]) -> dict[str, Any]:
     for name in _EMPTY_IS_UNSET & given.keys():
         if given[name] in ("", {}, {"Filters": []}, {"Metrics": []}):
             del given[name]
+    if "ProvisionedPollerConfig" in given:
+        given["ProvisionedPollerConfig"] = _PROVISIONED | given["ProvisionedPollerConfig"]
     if "StartingPositionTimestamp" in given:
         given["StartingPositionTimestamp"] = epoch(given["StartingPositionTimestamp"])
     filled = {**_defaults(source), **given}
@@ -643,7 +666,15 @@ def merge_update(current: Mapping[str, Any], changes: Mapping[str, Any]) -> dict
     AWS's ways to clear hold: `FilterCriteria` `{}` or `{"Filters": []}`, `ScalingConfig`, `MetricsConfig` and
     `ProvisionedPollerConfig` `{}`, `DestinationConfig` without a destination, `FunctionResponseTypes` `[]`.
     """
-    return normalize({**current, **{name: value for name, value in changes.items() if value is not None}})
+    return normalize(_merged(current, {name: value for name, value in changes.items() if value is not None}))
+
+
+def _merged(current: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A change takes a field's place as a whole, but one bound of provisioned mode leaves the other as it is."""
+    merged = {**current, **changes}
+    if pollers := _without_nulls(changes.get("ProvisionedPollerConfig")):
+        merged["ProvisionedPollerConfig"] = {**current.get("ProvisionedPollerConfig", {}), **pollers}
+    return merged
 
 
 def _defaults(source: SourceSpec) -> dict[str, Any]:
@@ -756,8 +787,26 @@ def build(
         ),
         start=_start(document),
         enabled=document["Enabled"],
-        max_concurrency=document.get("ScalingConfig", {}).get("MaximumConcurrency"),
+        queue=_queue(document),
         declared_in=declared_in,
+    )
+
+
+def _queue(document: Mapping[str, Any]) -> QueuePolicy:
+    """What is not given keeps the default of `QueuePolicy`. MaximumPollers may raise the ceiling over it."""
+    pollers, options = document.get("ProvisionedPollerConfig", {}), document.get("Options", {})
+    bounds = (
+        document.get("ScalingConfig", {}).get("MaximumConcurrency"),
+        pollers.get("MaximumPollers"),
+        options.get("MaximumReceivers"),
+    )
+    default = QueuePolicy()
+    ceiling = min((bound for bound in bounds if bound is not None), default=default.ceiling)
+    return QueuePolicy(
+        ceiling=ceiling,
+        floor=min(pollers.get("MinimumPollers", default.floor), ceiling),
+        growth=float(options.get("ScaleUpPerMinute", default.growth)),
+        circuit_breaker=options.get("CircuitBreaker", default.circuit_breaker),
     )
 
 

@@ -82,6 +82,22 @@ class LambdaFunction:
 
 FunctionSettings: TypeAlias = HttpFunction | LambdaFunction
 
+# What an HTTP target's client or the poller decides for each request; a configured value would break the framing or the
+# contract. `Accept` and `Host` may be configured.
+_RESERVED_HEADERS = frozenset(
+    (
+        *("accept-encoding", "connection", "content-length", "content-type", "expect", "keep-alive", "te", "trailer"),
+        *("transfer-encoding", "upgrade", "user-agent"),
+        *("idempotency-key", "traceparent", "x-amzn-trace-id"),
+        *("x-amz-date", "x-amz-security-token"),  # of a signature
+    )
+)
+
+
+def is_reserved_header(name: str) -> bool:
+    """Is it a header that the poller sets itself, so that `functions.NAME.headers` must not have it? In any case."""
+    return name.lower() in _RESERVED_HEADERS or name.lower().startswith("x-poller-")
+
 
 @dataclass(frozen=True, slots=True)
 class StoreSettings:

@@ -174,10 +174,23 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """How a queue is received from. A receive loop has one batch at a time, so loops are concurrent invocations too.
+
+    `ceiling`: most loops, the least of MaximumConcurrency, MaximumPollers and `Options.MaximumReceivers`. `floor`:
+    loops that receive even from an idle queue. `growth`: loops a minute that may be added while replies are full.
+    """
+
+    ceiling: int = 1250
+    floor: int = 1
+    growth: float = 300.0
+    circuit_breaker: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Mapping:
     """One configured pipe. Equal mappings run the same way, so a reload compares them.
 
-    `max_concurrency`: ScalingConfig.MaximumConcurrency of a queue, None when not set.
     `declared_in`: the config file that declares it, or None when it was made through the API.
     """
 
@@ -188,7 +201,7 @@ class Mapping:
     retry: RetryPolicy
     start: Position
     enabled: bool = True
-    max_concurrency: int | None = None
+    queue: QueuePolicy = QueuePolicy()
     declared_in: str | None = None
 
 
@@ -282,11 +295,13 @@ class Delivered:
 @dataclass(frozen=True, slots=True)
 class Partial:
     """A batch response named failures. Streams: `index` is the first failed record's place in the batch, all before
-    it are settled. Queues: `failed` are the message ids that stay; all others are settled.
+    it are settled. Queues: `failed` are the message ids that stay; all others are settled. `delays`: seconds until such
+    a message may be received again, where the answer said so; the others' visibility is left alone.
     """
 
     index: int = 0
     failed: frozenset[str] = frozenset()
+    delays: tuple[tuple[str, float], ...] = ()
     state: bytes | None = None
 
 
@@ -376,7 +391,8 @@ class ShardStatus:
 class MappingStatus:
     """One mapping as an operator sees it. `state` is the ESM API's; `reason` says what is wrong, empty when nothing is.
 
-    `retention`: seconds that the source keeps a record, None when unknown or a queue.
+    `retention`: seconds that the source keeps a record, None when unknown or a queue. `breaker`: closed, open, probing.
+    `receivers` and `receiver_limit`: a queue's receive loops now, and how many there may be now; None for streams.
     """
 
     id: MappingId
@@ -388,6 +404,8 @@ class MappingStatus:
     in_flight: int = 0
     breaker: str = "closed"
     retention: float | None = None
+    receivers: int | None = None
+    receiver_limit: int | None = None
     shards: tuple[ShardStatus, ...] = ()
 
 

@@ -18,7 +18,7 @@ from poller.aws.lean import EXPIRED_TOKEN_CODES, Body, Credentials, Request, par
 from poller.core.model import MAX_PAYLOAD_BYTES, Invocation, Reply, ReplyStatus
 from poller.errors import ConfigError, PollerError
 from poller.ports import Clock
-from poller.settings import BasicAuth, BearerAuth, HttpFunction, SigV4Auth, TlsSettings
+from poller.settings import BasicAuth, BearerAuth, HttpFunction, SigV4Auth, TlsSettings, is_reserved_header
 from poller.targets.answers import notice_closed, retry_after, why_no_connection
 
 MAX_ANSWER_BYTES: Final = MAX_PAYLOAD_BYTES
@@ -42,14 +42,6 @@ _TRACE: Final = istr("X-Amzn-Trace-Id")
 _AUTHORIZATION: Final = istr("Authorization")
 _FUNCTION_ERROR: Final = "X-Amz-Function-Error"
 
-# What the client or the poller decides for each request; a configured value would break the framing or the contract.
-RESERVED_HEADERS: Final = frozenset(
-    (
-        *("connection", "content-length", "expect", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"),
-        *(name.lower() for name in (_MAPPING, _REQUEST_ID, _ATTEMPT, _KEY, _DEADLINE, _TRACE)),
-        "traceparent",
-    )
-)
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 token
 _EXACT_URL: Final = re.compile(r"[!#-;=?-\[\]_a-z~]+")  # printable ASCII that needs no quoting
 
@@ -249,7 +241,7 @@ def _constant_headers(settings: HttpFunction, userinfo: str | None, place: str) 
     for name, value in settings.headers:
         if _HEADER_NAME.fullmatch(name) is None:
             mistakes.append(f"{place}.headers.{name!r}: not the name of an HTTP header")
-        elif name.lower() in RESERVED_HEADERS:
+        elif is_reserved_header(name):
             mistakes.append(f"{place}.headers.{name}: set by the poller itself; leave it out")
         elif not _is_header_value(value):
             mistakes.append(f"{place}.headers.{name}: its value has a line break or another control character")

@@ -86,6 +86,7 @@ functions:
     headers: {{X-Api-Key: key}}
     auth: {{type: bearer, token: token}}
     max_concurrency: 20
+    max_invocations_per_second: 2.5
     protocol: rie
     tls: {{ca: ca.pem, cert: c.pem, key: k.pem}}
   basic: {{url: http://127.0.0.1/, auth: {{type: basic, username: u, password: p}}}}
@@ -100,7 +101,7 @@ event_source_mappings:
     FunctionName: billing
 store: sqlite:./poller.db
 server: {{host: "::1", port: 0, auth: [{{type: bearer, token: a}}, {{type: bearer, token: b}}]}}
-log: {{level: debug, format: console, payloads: true}}
+log: {{level: debug, format: console, payloads: false}}
 retry: {{initial_backoff_seconds: 1, maximum_backoff_seconds: 2}}
 limits: {{buffer_bytes: 2097152}}
 checkpoint_interval_seconds: 0.5
@@ -116,7 +117,7 @@ shutdown_grace_seconds: 3
             (("X-Api-Key", "key"),),
             BearerAuth("token"),
             20,
-            None,
+            2.5,
             "rie",
             TlsSettings("ca.pem", "c.pem", "k.pem"),
         ),
@@ -128,12 +129,12 @@ shutdown_grace_seconds: 3
     }
     first, second = settings.mappings
     orders_arn = "arn:aws:lambda:eu-west-1:123456789012:function:orders"
-    assert (first.uuid, first.line) == (derived_uuid(KINESIS, orders_arn), 19)
+    assert (first.uuid, first.line) == (derived_uuid(KINESIS, orders_arn), 20)
     assert (first.document["BatchSize"], first.document["StartingPosition"]) == (100, "TRIM_HORIZON")
-    assert (second.uuid, second.line, "UUID" in second.document) == (UUID, 22, False)
+    assert (second.uuid, second.line, "UUID" in second.document) == (UUID, 23, False)
     assert settings.store == StoreSettings("sqlite:./poller.db", "./poller.db")
     assert settings.server == ServerSettings("::1", 0, (BearerAuth("a"), BearerAuth("b")))
-    assert (settings.log.level, settings.log.format, settings.log.payloads) == ("debug", "console", True)
+    assert (settings.log.level, settings.log.format, settings.log.payloads) == ("debug", "console", False)
     assert settings.retry == RetrySettings(1, 2)
     assert settings.limits.buffer_bytes == 2_097_152
     assert (settings.checkpoint_interval, settings.shutdown_grace) == (0.5, 3.0)
@@ -225,12 +226,15 @@ def test_filled_text_becomes_the_number_or_boolean_that_is_needed(load, monkeypa
     monkeypatch.setenv("N", "12")
     monkeypatch.setenv("YES", "True")
     settings = load(
-        "server: {port: '${N}'}\nlog: {payloads: '${YES}'}\nshutdown_grace_seconds: ${G:-1.5}\n"
-        + mapping("BatchSize: ${N}\n    MaximumBatchingWindowInSeconds: ${W:-3}")
+        "server: {port: '${N}'}\nshutdown_grace_seconds: ${G:-1.5}\n"
+        + mapping(
+            "BatchSize: ${N}\n    MaximumBatchingWindowInSeconds: ${W:-3}\n    Options: {CircuitBreaker: '${YES}'}"
+        )
     )
-    assert (settings.server.port, settings.log.payloads, settings.shutdown_grace) == (12, True, 1.5)
+    assert (settings.server.port, settings.shutdown_grace) == (12, 1.5)
     document = settings.mappings[0].document
     assert (document["BatchSize"], document["MaximumBatchingWindowInSeconds"]) == (12, 3)
+    assert document["Options"] == {"CircuitBreaker": True}
 
 
 @pytest.mark.parametrize(
@@ -337,6 +341,7 @@ server: {{port: true}}
         (function("{url: 'http://x/', timeout_seconds: .inf}"), "Infinity is too large"),
         (function("{url: 'http://x/', timeout_seconds: '30'}"), '"30" is text; give a number from 1 to 900'),
         (function("{url: 'http://x/', max_concurrency: 0}"), "0 is too small; give a whole number from 1 up"),
+        (function("{url: 'http://x/', max_invocations_per_second: 0}"), "0 is too small; give a number from 0.001 to"),
         (function("{url: 'http://x/', protocol: grpc}"), '"grpc" is not known; give one of http, rie'),
         (function("{url: 'http://x/', headers: {User-Agent: x}}"), "the key is a header that esm-poller sets itself"),
         (function("{url: 'http://x/', headers: {X-Poller-Try: x}}"), "the key is a header that esm-poller sets itself"),
@@ -376,6 +381,14 @@ server: {{port: true}}
         ("limits: {buffer_bytes: 1048576.0}", "1048576.0 is a number; give a whole number from 1048576 up"),
         ("checkpoint_interval_seconds: 0", "0 is too small; give a number from 0.01 to 60"),
         ("shutdown_grace_seconds: -1", "-1 is too small"),
+        (
+            mapping("Options: {CircuitBreaker: true}\n    StartingPosition: LATEST", KINESIS),
+            "4: event_source_mappings[0].Options.CircuitBreaker: Options.CircuitBreaker is only for SQS queues; take it",
+        ),
+        (
+            mapping("ProvisionedPollerConfig: {}"),
+            "4: event_source_mappings[0].ProvisionedPollerConfig: Either MinimumPollers or MaximumPollers are required",
+        ),
         (mapping("UUID: abc"), '4: event_source_mappings[0].UUID: "abc" has the wrong form; give a UUID such as'),
         (mapping("Enabled: 'yes'"), '4: event_source_mappings[0].Enabled: "yes" is text; give true or false'),
         (
@@ -415,16 +428,37 @@ def test_one_mistake(mistakes, text, mistake):
         ("tracing: {endpoint: 'http://127.0.0.1:4318'}", "tracing"),
         ("lease_seconds: 10", "lease_seconds"),
         ("limits: {shard_series: 5}", "limits.shard_series"),
-        (function("{url: 'http://x/', max_invocations_per_second: 5}"), "functions.f.max_invocations_per_second"),
-        (mapping("Options: {CircuitBreaker: false}"), "event_source_mappings[0].Options"),
-        (mapping("FilterCriteria: {Filters: [{Pattern: '{}'}]}"), "event_source_mappings[0].FilterCriteria"),
+        ("log: {payloads: true}", "log.payloads"),
+        ("log: {payloads: '${UNSET:-on}'}", "log.payloads"),
+        (mapping("Options: {IncludePayload: true}"), "event_source_mappings[0].Options.IncludePayload"),
+        (mapping("FilterCriteria: {Filters: [{Pattern: '{}'}]}"), "event_source_mappings[0].FilterCriteria.Filters"),
     ],
 )
-def test_features_to_come_are_refused(mistakes, text, path):
+def test_features_to_come_are_refused(mistakes, monkeypatch, text, path):
     """What this version cannot do is never silently ignored."""
+    monkeypatch.delenv("UNSET", raising=False)
     (found,) = mistakes(text)
     assert f" {path}: " in found
     assert "is not supported by this version of esm-poller yet; take " in found
+
+
+@pytest.mark.parametrize("value", ["false", "'${UNSET:-no}'", ""])
+def test_not_logging_payloads_is_what_happens_anyway(load, monkeypatch, value):
+    """Only true asks for something that this version cannot do."""
+    monkeypatch.delenv("UNSET", raising=False)
+    assert load(f"log: {{payloads: {value}}}").log.payloads is False
+
+
+def test_one_emulator_has_one_rate_whatever_its_names(mistakes, load):
+    """Its names share the one invocation that it takes at a time, so they share the line for it."""
+    text = "functions:\n  a: {url: 'http://x/', protocol: rie}\n  b: {url: 'http://x/', protocol: %s%s}\n"
+    (mistake,) = mistakes(text % ("rie", ", max_invocations_per_second: 5"))
+    assert mistake == (
+        "3: functions.b.max_invocations_per_second: is another one than that of functions.a, which has the same url "
+        "and takes one invocation at a time; give both the same"
+    )
+    assert len(load(text % ("rie", "")).functions) == 2
+    assert len(load(text % ("http", ", max_invocations_per_second: 5")).functions) == 2
 
 
 def test_a_feature_to_come_still_has_its_shape_checked(mistakes):
@@ -652,7 +686,7 @@ WHOLE = {
             "auth": {"type": "basic", "username": "u", "password": "p"},
             "tls": {"ca": "a", "cert": "b", "key": "c"},
         },
-        "g": {"lambda": "g", "max_concurrency": 2},
+        "g": {"lambda": "g", "max_concurrency": 2, "max_invocations_per_second": 0.5},
     },
     "event_source_mappings": [
         {
@@ -663,11 +697,17 @@ WHOLE = {
             "DestinationConfig": {"OnFailure": {"Destination": ""}},
             "FunctionResponseTypes": ["ReportBatchItemFailures"],
         },
-        {"EventSourceArn": SQS, "FunctionName": "g", "BatchSize": 5, "ScalingConfig": {"MaximumConcurrency": 2}},
+        {
+            "EventSourceArn": SQS,
+            "FunctionName": "g",
+            "BatchSize": 5,
+            "ScalingConfig": {"MaximumConcurrency": 2},
+            "Options": {"CircuitBreaker": False, "ScaleUpPerMinute": 60},
+        },
     ],
     "store": "sqlite:./x",
     "server": {"host": "::1", "port": 5, "auth": [{"type": "bearer", "token": "t"}]},
-    "log": {"level": "info", "payloads": True},
+    "log": {"level": "info", "payloads": False},
     "retry": {"initial_backoff_seconds": 1, "maximum_backoff_seconds": 2},
     "limits": {"buffer_bytes": 2_000_000},
     "shutdown_grace_seconds": 5,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poller.core.model import FunctionSpec, PositionKind, SourceKind
+from poller.core.model import FunctionSpec, PositionKind, QueuePolicy, SourceKind
 from poller.mappings import (
     FIELDS,
     MOST_BUFFER_RECORDS,
@@ -30,10 +30,12 @@ TABLE = "arn:aws:dynamodb:eu-west-1:123456789012:table/orders"
 DYNAMODB = f"{TABLE}/stream/2026-01-01T00:00:00.000"
 SQS = "arn:aws:sqs:eu-west-1:123456789012:orders"
 FIFO = SQS + ".fifo"
+ROLE = "arn:aws:iam::123456789012:role/reader"
 FUNCTION_ARN = "arn:aws:lambda:eu-west-1:123456789012:function:f"
 UUID = "6d9bce8e-836b-442c-8070-74e77903c815"
 INVALID, VALIDATION = "InvalidParameterValueException", "ValidationException"
 UNSUPPORTED = "Unsupported {} parameter for given event source mapping type."
+BOUNDS = "MinimumPollers should be between [2, 200] and MaximumPollers should be between [MinimumPollers, 10000]"
 WINDOW_NEEDED = "Maximum batch window in seconds must be greater than 0 if maximum batch size is greater than 10"
 
 
@@ -76,7 +78,12 @@ def constraint(value, path, rest):
         stream(Tags={"team": "orders"}, Enabled=False, BatchSize=None, FilterCriteria=None, DestinationConfig=None),
         queue(),
         queue(BatchSize=100, MaximumBatchingWindowInSeconds=1),
-        queue(ScalingConfig={"MaximumConcurrency": 1}, ProvisionedPollerConfig={}),
+        queue(ScalingConfig={"MaximumConcurrency": 1}, ProvisionedPollerConfig=None),
+        queue(ProvisionedPollerConfig={"MinimumPollers": 200}, ScalingConfig={}),
+        queue(ProvisionedPollerConfig={"MinimumPollers": 2, "MaximumPollers": 2}),
+        queue(ProvisionedPollerConfig={"MaximumPollers": 10_000, "MinimumPollers": None}),
+        queue(Options={"CircuitBreaker": False, "ScaleUpPerMinute": 1, "MaximumReceivers": 10_000}),
+        stream(Options={"IncludePayload": False, "CircuitBreaker": None}),
         queue(EventSourceArn=FIFO, BatchSize=10, MaximumBatchingWindowInSeconds=0),
     ],
 )
@@ -180,16 +187,29 @@ def test_legal_documents_have_no_problem(document):
             "Batch size must not exceed 10 for FIFO queues",
         ),
         (
-            queue(ProvisionedPollerConfig={"MinimumPollers": 1}),
+            queue(ProvisionedPollerConfig={}),
             "ProvisionedPollerConfig",
             INVALID,
-            "MinimumPollers should be between [2, 200] and MaximumPollers should be between [MinimumPollers, 10000]",
+            "Either MinimumPollers or MaximumPollers are required if ProvisionedPollerConfig is provided.",
+        ),
+        *(
+            (queue(ProvisionedPollerConfig=bounds), "ProvisionedPollerConfig", INVALID, BOUNDS)
+            for bounds in (
+                {"MinimumPollers": 1},
+                {"MaximumPollers": 1},
+                {"MinimumPollers": 20, "MaximumPollers": 10},
+                {"MinimumPollers": 1, "MaximumPollers": 10},
+            )
         ),
         (
-            queue(ProvisionedPollerConfig={"MinimumPollers": 20, "MaximumPollers": 10}),
+            stream(ProvisionedPollerConfig={}),
             "ProvisionedPollerConfig",
             INVALID,
-            "MinimumPollers should be between [2, 200] and MaximumPollers should be between [MinimumPollers, 10000]",
+            UNSUPPORTED.format("ProvisionedPollerConfig"),
+        ),
+        *(
+            (stream(Options={name: value}), f"Options.{name}", INVALID, f"Options.{name} is only for SQS queues.")
+            for name, value in {"CircuitBreaker": True, "ScaleUpPerMinute": 5, "MaximumReceivers": 5}.items()
         ),
         (
             queue(MetricsConfig={"Metrics": ["KafkaMetrics"]}),
@@ -257,6 +277,10 @@ def test_nested_paths_are_camel_case_in_the_message():
     problem = only(queue(ScalingConfig={"MaximumConcurrency": 1001}))
     assert problem.path == "ScalingConfig.MaximumConcurrency"
     assert "Value '1001' at 'scalingConfig.maximumConcurrency' failed" in problem.message
+    problem = only(queue(ProvisionedPollerConfig={"MinimumPollers": 201}))
+    assert problem.message.startswith(
+        constraint("'201'", "provisionedPollerConfig.minimumPollers", "Member must have value less than")
+    )
     problem = only(stream(FilterCriteria={"Filters": [{"Pattern": "{}"}, {"Pattern": "x" * 4097}]}))
     assert problem.path == "FilterCriteria.Filters[1].Pattern"
     assert "at 'filterCriteria.filters.2.member.pattern'" in problem.message
@@ -321,17 +345,24 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("document", "path"),
     [
-        (stream(FilterCriteria={"Filters": [{"Pattern": "{}"}]}), "FilterCriteria"),
-        (stream(DestinationConfig={"OnFailure": {"Destination": SQS}}), "DestinationConfig"),
-        (queue(ProvisionedPollerConfig={"MinimumPollers": 2}), "ProvisionedPollerConfig"),
-        (queue(Options={"CircuitBreaker": True}), "Options"),
+        (stream(FilterCriteria={"Filters": [{"Pattern": "{}"}]}), "FilterCriteria.Filters"),
+        (stream(DestinationConfig={"OnFailure": {"Destination": SQS}}), "DestinationConfig.OnFailure.Destination"),
+        (stream(Options={"IncludePayload": True}), "Options.IncludePayload"),
+        (queue(Options={"CircuitBreaker": True, "AssumeRoleArn": ROLE}), "Options.AssumeRoleArn"),
     ],
 )
 def test_features_to_come_are_refused(document, path):
-    """What this version cannot do is never silently ignored."""
+    """What this version cannot do is never silently ignored; the member is named."""
     problem = only(document)
     assert problem.path == path
+    assert problem.message.startswith(f"{path}: ")
     assert "is not supported by this version of esm-poller yet" in problem.message
+
+
+def test_every_option_that_does_not_fit_is_named():
+    """All at once: one for queues only, one that is to come."""
+    found = problems(stream(Options={"ScaleUpPerMinute": 5, "AssumeRoleArn": ROLE}))
+    assert [problem.path for problem in found] == ["Options.ScaleUpPerMinute", "Options.AssumeRoleArn"]
 
 
 def test_bisect_is_refused_with_the_way_out():
@@ -357,9 +388,31 @@ def test_tumbling_windows_exclude_lanes_and_filters():
 
 
 def test_provisioned_mode_excludes_maximum_concurrency():
-    """semantics.md 1.4, and neither bound is another text."""
-    found = problems(queue(ProvisionedPollerConfig={"MaximumPollers": 5}, ScalingConfig={"MaximumConcurrency": 5}))
-    assert found[0].message.startswith("Provisioned mode for SQS ESM does not support maximum concurrency feature.")
+    """semantics.md 1.4, word for word; an update may change from one to the other."""
+    pollers, scaling = {"MaximumPollers": 5}, {"MaximumConcurrency": 5}
+    message = (
+        "Provisioned mode for SQS ESM does not support maximum concurrency feature. "
+        "Use MaximumPollers as the control mechanism and remove maximum concurrency."
+    )
+    assert only(queue(ProvisionedPollerConfig=pollers, ScalingConfig=scaling)).message == message
+    current = normalize(queue(ScalingConfig=scaling))
+    (problem,) = check_update(current, {"ProvisionedPollerConfig": pollers})
+    assert problem.message == message
+    assert check_update(current, {"ProvisionedPollerConfig": pollers, "ScalingConfig": {}}) == []
+    current = normalize(queue(ProvisionedPollerConfig=pollers))
+    assert check_update(current, {"ProvisionedPollerConfig": {}, "ScalingConfig": scaling}) == []
+
+
+def test_an_update_of_one_bound_keeps_the_other():
+    """As AWS: what is not given keeps its value, and the rule holds on both."""
+    current = normalize(queue(ProvisionedPollerConfig={"MinimumPollers": 5, "MaximumPollers": 50}))
+    merged = merge_update(current, {"ProvisionedPollerConfig": {"MaximumPollers": 70, "MinimumPollers": None}})
+    assert merged["ProvisionedPollerConfig"] == {"MinimumPollers": 5, "MaximumPollers": 70}
+    (problem,) = check_update(current, {"ProvisionedPollerConfig": {"MaximumPollers": 4}})
+    assert problem.message == BOUNDS
+    assert check_update(current, {"ProvisionedPollerConfig": {"MinimumPollers": 50}}) == []
+    (problem,) = check_update(current, {"ProvisionedPollerConfig": {"MinimumPollers": 51}})
+    assert problem.message == BOUNDS
 
 
 def test_more_than_fifty_tags_are_refused():
@@ -450,7 +503,7 @@ def test_normal_form_of_a_stream():
 def test_normal_form_of_a_queue():
     """No stream fields; empty options are dropped."""
     empty = {"FilterCriteria": {"Filters": []}, "ScalingConfig": {}, "MetricsConfig": {"Metrics": []}, "Tags": {}}
-    assert normalize(queue(**empty, KMSKeyArn="", Options={}, ProvisionedPollerConfig={})) == {
+    assert normalize(queue(**empty, KMSKeyArn="", Options={"CircuitBreaker": None}, ProvisionedPollerConfig={})) == {
         "EventSourceArn": SQS,
         "FunctionName": "f",
         "Enabled": True,
@@ -499,6 +552,8 @@ def test_absent_and_null_fields_of_an_update_keep_their_value():
         ({"FilterCriteria": {"Filters": []}}, "FilterCriteria"),
         ({"ScalingConfig": {}}, "ScalingConfig"),
         ({"ProvisionedPollerConfig": {}}, "ProvisionedPollerConfig"),
+        ({"ProvisionedPollerConfig": {"MinimumPollers": None}}, "ProvisionedPollerConfig"),
+        ({"Options": {}}, "Options"),
         ({"MetricsConfig": {"Metrics": []}}, "MetricsConfig"),
     ],
 )
@@ -506,7 +561,10 @@ def test_clearing_idioms_take_a_field_out(changes, field):
     """semantics.md 1.7 and interface.md: empty objects clear."""
     values = {"FilterCriteria": {"Filters": [{"Pattern": "{}"}]}, "MetricsConfig": {"Metrics": ["EventCount"]}}
     current = {**normalize(queue(ScalingConfig={"MaximumConcurrency": 5})), **values}
-    current["ProvisionedPollerConfig"] = {"MinimumPollers": 2}
+    current |= {
+        "ProvisionedPollerConfig": {"MinimumPollers": 2, "MaximumPollers": 9},
+        "Options": {"MaximumReceivers": 9},
+    }
     assert merge_update(current, changes) == {name: value for name, value in current.items() if name != field}
 
 
@@ -687,8 +745,34 @@ def test_build_takes_every_field():
     assert mapping.batch.buffer_records == 4000
     assert (mapping.retry.attempts, mapping.retry.max_age, mapping.retry.report_failures) == (3, 120.0, True)
     assert mapping.start.kind is PositionKind.LATEST
+    assert mapping.queue == QueuePolicy()
     queued = build(UUID, normalize(queue(ScalingConfig={"MaximumConcurrency": 3})), spec, None)
-    assert (queued.max_concurrency, queued.batch.size, queued.retry.attempts) == (3, 10, -1)
+    assert (queued.queue, queued.batch.size, queued.retry.attempts) == (QueuePolicy(ceiling=3), 10, -1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "policy"),
+    [
+        ({}, QueuePolicy(1250, 1, 300.0, True)),
+        ({"ScalingConfig": {"MaximumConcurrency": 1}}, QueuePolicy(ceiling=1)),
+        ({"ProvisionedPollerConfig": {"MinimumPollers": 7}}, QueuePolicy(ceiling=200, floor=7)),
+        ({"ProvisionedPollerConfig": {"MaximumPollers": 2000}}, QueuePolicy(ceiling=2000, floor=2)),
+        ({"Options": {"MaximumReceivers": 2000}}, QueuePolicy(ceiling=2000)),
+        (
+            {"ScalingConfig": {"MaximumConcurrency": 9}, "Options": {"MaximumReceivers": 4, "ScaleUpPerMinute": 60}},
+            QueuePolicy(ceiling=4, growth=60.0),
+        ),
+        (
+            {"ProvisionedPollerConfig": {"MinimumPollers": 9}, "Options": {"MaximumReceivers": 4}},
+            QueuePolicy(ceiling=4, floor=4),
+        ),
+        ({"Options": {"CircuitBreaker": False}}, QueuePolicy(circuit_breaker=False)),
+    ],
+)
+def test_a_queue_is_received_from_as_it_says(fields, policy):
+    """The ceiling is the least bound that is given, the floor never above it; the rest has the documented defaults."""
+    spec = FunctionSpec("f", FUNCTION_ARN, "role")
+    assert build(UUID, normalize(queue(**fields)), spec, None).queue == policy
 
 
 def test_the_buffer_is_bounded_and_some_lane_can_always_fill():
@@ -742,6 +826,10 @@ def test_the_answer_for_a_queue_is_awss_key_for_key():
     extras = {"ScalingConfig": {"MaximumConcurrency": 2}, "MetricsConfig": {"Metrics": ["EventCount"]}}
     answer = describe(normalize(queue(**extras)), UUID, FUNCTION_ARN, "Enabled", "USER_INITIATED", 1.5, None)
     assert {name: answer[name] for name in extras} == extras
+    pollers = {"ProvisionedPollerConfig": {"MinimumPollers": 5}, "Options": {"CircuitBreaker": False}}
+    answer = describe(normalize(queue(**pollers)), UUID, FUNCTION_ARN, "Enabled", "USER_INITIATED", 1.5, None)
+    assert answer["ProvisionedPollerConfig"] == {"MinimumPollers": 5, "MaximumPollers": 200}
+    assert "Options" not in answer
     start = {"StartingPosition": "AT_TIMESTAMP", "StartingPositionTimestamp": 5}
     answer = describe(normalize(stream(**start)), UUID, FUNCTION_ARN, "Enabled", "User action", 1.5, "OK")
     assert (answer["StartingPositionTimestamp"], answer["LastProcessingResult"]) == (5.0, "OK")

@@ -26,7 +26,7 @@ from poller.aws.lean import sign
 from poller.clock import SystemClock
 from poller.core.model import MAX_PAYLOAD_BYTES, Invocation, Reply, ReplyStatus
 from poller.errors import AccessDenied, ConfigError
-from poller.settings import BasicAuth, BearerAuth, HttpFunction, SigV4Auth, TlsSettings
+from poller.settings import BasicAuth, BearerAuth, HttpFunction, SigV4Auth, TlsSettings, is_reserved_header
 from poller.targets.http import HttpTarget
 from tests.fakes.scripted_http import Request, Script, answering, serving
 
@@ -101,8 +101,19 @@ async def test_the_headers_are_those_of_the_interface() -> None:
 
 async def test_configured_headers_are_added_and_outrank_the_defaults() -> None:
     """A header that the user set is sent once, with the user's value."""
-    headers = (await sent(headers=(("X-Api-Key", "s3cret"), ("content-type", "application/cloudevents+json")))).headers
-    assert (headers["x-api-key"], headers["content-type"]) == ("s3cret", "application/cloudevents+json")
+    headers = (await sent(headers=(("X-Api-Key", "s3cret"), ("accept", "application/json")))).headers
+    assert (headers["x-api-key"], headers["accept"]) == ("s3cret", "application/json")
+
+
+async def test_what_the_target_sets_itself_is_reserved() -> None:
+    """Every header of a signed request with a trace; only Accept, Host and Authorization may be configured."""
+    call = CALL._replace(trace="Root=1-5759e988-bd862e3fe1be46a994272793")
+    async with serving(answering()) as server:
+        async with target_at(f"http://127.0.0.1:{server.port}/", auth=SigV4Auth()) as target:
+            await target.invoke(call)
+        names = set(server.requests[0].headers)
+    assert {"x-amzn-trace-id", "x-amz-date", "x-amz-security-token"} < names
+    assert {name for name in names if not is_reserved_header(name)} == {"accept", "host", "authorization"}
 
 
 @pytest.mark.parametrize(
@@ -464,8 +475,8 @@ async def test_a_handshake_that_hangs_is_unreachable() -> None:
         ({"url": "http:///orders"}, ["functions.orders.url"]),
         ({"url": "http://host:99999/"}, ["functions.orders.url"]),
         (
-            {"headers": (("X Y", "s3cret"), ("Content-Length", "3"), ("X-Poller-Attempt", "1"), ("X-A", "s3cret\n"))},
-            ["'X Y'", "headers.Content-Length", "headers.X-Poller-Attempt", "headers.X-A: its value has a line break"],
+            {"headers": (("X Y", "s3cret"), ("Content-Type", "text/x"), ("X-Poller-Try", "1"), ("X-A", "s3cret\n"))},
+            ["'X Y'", "headers.Content-Type", "headers.X-Poller-Try", "headers.X-A: its value has a line break"],
         ),
         ({"auth": BearerAuth("s3cret\n")}, ["functions.orders.auth.token"]),
         ({"url": "https://h/", "tls": TlsSettings(ca="/nonexistent/ca")}, ["functions.orders.tls.ca: /nonexistent/ca"]),
