@@ -168,14 +168,20 @@ def _ask(url: str) -> dict[str, Any]:
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
-    """One line per mapping and per shard: state, lag, in flight, last result."""
+    """One line per mapping and per shard: state, lag, in flight, a queue's receive loops, last result."""
     lines = []
     for mapping in status["mappings"]:
-        reason = f"  {mapping['reason']}" if mapping["reason"] else ""
-        lines.append(
-            f"{mapping['uuid']}  {mapping['source']:<8} {mapping['function']}  {mapping['state']}  "
-            f"in flight {mapping['in_flight']}{reason}"
-        )
+        parts = [
+            f"{mapping['uuid']}  {mapping['source']:<8} {mapping['function']}  {mapping['state']}",
+            f"in flight {mapping['in_flight']}",
+        ]
+        if mapping.get("receivers") is not None:  # an older daemon does not say
+            parts.append(f"receive loops {mapping['receivers']}/{mapping['receiver_limit']}")
+        if mapping["breaker"] != "closed":
+            parts.append(f"circuit {mapping['breaker']}: receiving is paused")
+        if mapping["reason"]:
+            parts.append(mapping["reason"])
+        lines.append("  ".join(parts))
         lines.extend(_shard_line(shard) for shard in mapping["shards"])
     return lines or ["no mappings"]
 

@@ -67,8 +67,8 @@ class QueueSource(Protocol):
         """The queue's own, in seconds. SourceGone, AccessDenied, SourceUnavailable, SourceThrottled."""
         ...
 
-    async def receive(self, limit: int, wait: float, visibility: float | None) -> Sequence[Record]:
-        """At most 10 messages after at most `wait` (0 to 20) seconds. `visibility` None: the queue's own timeout.
+    async def receive(self, limit: int, wait: float, visibility: float) -> Sequence[Record]:
+        """At most 10 messages after at most `wait` (0 to 20) seconds, invisible to others for `visibility` seconds.
 
         `Record.expires` is counted from before the call was sent, so it is never too late. Errors as above.
         """

@@ -29,6 +29,21 @@ class Runner(Protocol):
         """Seconds that the source keeps a record; None when unknown, or a queue."""
         ...
 
+    @property
+    def breaker(self) -> str:
+        """A queue's circuit breaker: closed, open or probing; always closed for a stream."""
+        ...
+
+    @property
+    def receivers(self) -> int | None:
+        """A queue's receive loops now; None for a stream."""
+        ...
+
+    @property
+    def receiver_limit(self) -> int | None:
+        """How many receive loops there may be now; None for a stream."""
+        ...
+
     async def run(self) -> None:
         """Work until `stop`; everything that the source or the network does is waited out."""
         ...

@@ -55,6 +55,10 @@ def _is_replaced(known: dict[str, str], now: dict[str, str]) -> bool:
 class StreamRunner:
     """Implements `Runner` for Kinesis and DynamoDB Streams."""
 
+    breaker = "closed"
+    receivers: int | None = None
+    receiver_limit: int | None = None
+
     def __init__(self, context: Context, pipe: Pipe) -> None:
         self.is_reached = False
         self.retention: float | None = None

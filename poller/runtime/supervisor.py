@@ -226,7 +226,10 @@ class Supervisor:
             state=kept.state,
             reason=runner.problem if runner else kept.problem,
             in_flight=runner.in_flight() if runner else 0,
+            breaker=runner.breaker if runner else "closed",
             retention=runner.retention if runner else None,
+            receivers=runner.receivers if runner else None,
+            receiver_limit=runner.receiver_limit if runner else None,
             shards=runner.shards() if runner else (),
         )
 

@@ -227,6 +227,8 @@ def status_document(status: Sequence[MappingStatus], now: float) -> dict[str, An
                 "reason": mapping.reason,
                 "in_flight": mapping.in_flight,
                 "breaker": mapping.breaker,
+                "receivers": mapping.receivers,
+                "receiver_limit": mapping.receiver_limit,
                 "shards": shards,
             }
         )

@@ -47,14 +47,17 @@ def render(status: Mapping[str, Any]) -> str:
 
 def _mapping(mapping: Mapping[str, Any]) -> str:
     reason = f'<p class="bad">{escape(mapping["reason"])}</p>' if mapping["reason"] else ""
-    breaker = (
-        "" if mapping["breaker"] == "closed" else f' <span class="bad">breaker {escape(mapping["breaker"])}</span>'
-    )
+    breaker = ""
+    if mapping["breaker"] != "closed":
+        breaker = f' <span class="bad">circuit {escape(mapping["breaker"])}: receiving is paused</span>'
+    loops = ""
+    if mapping["receivers"] is not None:
+        loops = f", {mapping['receivers']} of at most {mapping['receiver_limit']} receive loops"
     return (
         f"<section><h2>{escape(mapping['function'])} "
         f'<span class="state">{escape(mapping["state"])}</span>{breaker}</h2>'
         f"<p>{escape(mapping['source_arn'])}</p><p><small>{escape(mapping['uuid'])}</small></p>{reason}"
-        f"<p>{mapping['in_flight']} in flight</p>{_shards(mapping['shards'])}</section>"
+        f"<p>{mapping['in_flight']} in flight{loops}</p>{_shards(mapping['shards'])}</section>"
     )
 
 

@@ -19,9 +19,8 @@ RECEIVE_LIMIT = 10  # messages of one ReceiveMessage, and of one batch call
 MAX_WAIT = 20.0
 MAX_VISIBILITY = 43_200.0
 
-_VISIBILITY_AGE = 60.0  # how long the queue's own visibility timeout is believed
 _CALL_TIMEOUT = 10.0  # beyond the wait of a long poll
-_BATCH_TRIES = 3
+_BATCH_TRIES = 6
 _BATCH_PAUSE = 0.1  # before the second try; doubled for each further one
 _BATCH_CALLS = 16  # at once
 _HIDDEN_ATTRIBUTE = "SqsManagedSseEnabled"  # Lambda does not pass it on
@@ -155,36 +154,23 @@ class SqsSource:
         self._clock = clock
         self._encode = Encoder(spec, windowed=windowed).encode
         self._url: str | None = None
-        self._visibility = 0.0
-        self._visibility_until = -math.inf
         self._calls = asyncio.Semaphore(_BATCH_CALLS)
 
     async def visibility_timeout(self) -> float:
         """The queue's own, in seconds."""
         url = await self._queue_url()
         client = await self._clients.client("sqs", self._spec.region)
-        asked = self._clock.now()
         with translated("GetQueueAttributes", _ERRORS):
             async with asyncio.timeout(COLD_TIMEOUT):
                 answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["VisibilityTimeout"])
         try:
-            self._visibility = float(answer["Attributes"]["VisibilityTimeout"])
+            return float(answer["Attributes"]["VisibilityTimeout"])
         except (KeyError, ValueError):
             raise SourceUnavailable("GetQueueAttributes: the answer has no VisibilityTimeout") from None
-        self._visibility_until = asked + _VISIBILITY_AGE
-        return self._visibility
 
-    async def receive(self, limit: int, wait: float, visibility: float | None) -> Sequence[Record]:
-        """At most 10 messages after at most `wait` seconds, in whole seconds, rounded down.
-
-        The visibility timeout is always sent, so that `Record.expires` is right even when the queue's own was changed
-        since it was asked for; without `visibility` it is the queue's, asked for once a minute.
-        """
-        if visibility is None:
-            current = self._clock.now() < self._visibility_until
-            seconds = math.ceil(self._visibility if current else await self.visibility_timeout())
-        else:
-            seconds = math.ceil(min(visibility, MAX_VISIBILITY))
+    async def receive(self, limit: int, wait: float, visibility: float) -> Sequence[Record]:
+        """At most 10 messages after at most `wait` seconds, in whole seconds, rounded down; `visibility` rounded up."""
+        seconds = math.ceil(min(visibility, MAX_VISIBILITY))
         whole_wait = int(min(wait, MAX_WAIT))
         request = {
             "QueueUrl": await self._queue_url(),
@@ -208,7 +194,7 @@ class SqsSource:
         return [self._encode(message, now, expires) for message in messages]
 
     async def delete(self, records: Sequence[Record]) -> Sequence[Record]:
-        """Delete in tens; answers those that were not deleted, after a few tries while their receipts are good."""
+        """Delete in tens; answers those that were not deleted, after a few tries."""
         return await self._change("DeleteMessageBatch", records, {})
 
     async def extend(self, records: Sequence[Record], seconds: float) -> Sequence[Record]:
@@ -235,11 +221,6 @@ class SqsSource:
         for attempt in range(_BATCH_TRIES):
             if attempt:
                 await asyncio.sleep(_BATCH_PAUSE * 2 ** (attempt - 1))
-                now = self._clock.now()
-                refused += [record for record in left if record.expires <= now]
-                left = [record for record in left if record.expires > now]
-                if not left:
-                    break
             try:
                 answer = await self._send_change(operation, left, extra)
             except (SourceThrottled, SourceUnavailable) as error:

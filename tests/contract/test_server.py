@@ -510,6 +510,8 @@ async def test_api_status_is_the_contract(local):
         "reason": "slow",
         "in_flight": 2,
         "breaker": "closed",
+        "receivers": None,
+        "receiver_limit": None,
     }
     assert shards[0] == {
         "id": "s1",
@@ -561,6 +563,22 @@ async def test_the_page_escapes_everything_and_fetches_nothing(local):
     assert "href=" not in text
     assert headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'sha256-")
     assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+async def test_a_queue_shows_its_receive_loops_and_its_breaker(local):
+    """How many receive, how many may, and that receiving is paused while the breaker is not closed; JSON and page."""
+    more = {"source": SourceKind.SQS, "source_arn": "arn:q", "state": "Enabled", "in_flight": 3, "receivers": 0}
+    local.control.statuses = [status(**more, receiver_limit=20, breaker="open")]
+    _, _, text = await local.ask("GET", "/api/status")
+    (mapping,) = json.loads(text)["mappings"]
+    assert (mapping["receivers"], mapping["receiver_limit"], mapping["breaker"]) == (0, 20, "open")
+    _, _, text = await local.ask("GET", "/")
+    assert "<p>3 in flight, 0 of at most 20 receive loops</p>" in text
+    assert "circuit open: receiving is paused" in text
+    local.control.statuses = [status(**more, receiver_limit=20)]
+    assert "circuit" not in (await local.ask("GET", "/"))[2]
+    local.control.statuses = [status(source_arn="arn:k", state="Enabled")]
+    assert "receive loops" not in (await local.ask("GET", "/"))[2]
 
 
 async def test_the_page_of_nothing(local):

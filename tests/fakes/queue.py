@@ -17,12 +17,20 @@ class Message:
     receives: int = 0
     handle: str = ""
     is_deleted: bool = False
+    is_dead: bool = False
 
 
 class FakeQueue:
-    """`QueueSource`. `trouble()` may raise before each call; messages of a group are given in order, one batch at a time."""
+    """`QueueSource`. `trouble()` may raise before each call; messages of a group are given in order, one batch at a time.
 
-    def __init__(self, clock, visibility: float = 30.0, *, fifo: bool = False) -> None:
+    `limit`: maxReceiveCount; a message that was received so often is dead at the next receive. `deaf`: extensions fail.
+    """
+
+    def __init__(self, clock, visibility: float = 30.0, *, fifo: bool = False, limit: int | None = None) -> None:
+        self.limit = limit
+        self.deaf = lambda: False
+        self.extensions: list[tuple[float, int, float]] = []
+        self.deletes: list[tuple[float, int]] = []
         self.clock = clock
         self.visibility = visibility
         self.fifo = fifo
@@ -44,13 +52,13 @@ class FakeQueue:
         self._changed = asyncio.Event()
 
     def left(self) -> list[Message]:
-        return [message for message in self.messages if not message.is_deleted]
+        return [message for message in self.messages if not (message.is_deleted or message.is_dead)]
 
     async def visibility_timeout(self) -> float:
         self.trouble()
         return self.visibility
 
-    async def receive(self, limit: int, wait: float, visibility: float | None) -> list[Record]:
+    async def receive(self, limit: int, wait: float, visibility: float) -> list[Record]:
         self.trouble()
         assert 1 <= limit <= 10
         assert 0 <= wait <= 20
@@ -61,7 +69,7 @@ class FakeQueue:
         try:
             while True:
                 await asyncio.sleep(0.01)
-                found = self._take(limit, visibility or self.visibility)
+                found = self._take(limit, visibility)
                 if found or self.clock.now() >= ends:
                     return found
                 soonest = min([m.visible_at for m in self.left() if m.visible_at > self.clock.now()], default=ends)
@@ -80,6 +88,9 @@ class FakeQueue:
         for message in self.left():
             if message.visible_at > now or (self.fifo and message.group in locked):
                 continue
+            if self.limit is not None and message.receives >= self.limit:
+                message.is_dead = True
+                continue
             message.receives += 1
             message.visible_at = now + visibility
             message.handle = f"{message.id}/{message.receives}"
@@ -90,6 +101,7 @@ class FakeQueue:
         return found
 
     async def delete(self, records) -> list[Record]:
+        self.deletes.append((self.clock.now(), len(records)))
         await asyncio.sleep(0.01)
         try:
             self.trouble()
@@ -106,15 +118,21 @@ class FakeQueue:
         return left
 
     async def extend(self, records, seconds: float) -> list[Record]:
+        self.extensions.append((self.clock.now(), len(records), seconds))
         await asyncio.sleep(0.01)
+        if self.deaf():
+            return list(records)
+        left = []
         for record in records:
             message = next(m for m in self.messages if m.id == record.id)
             if message.handle == record.handle and not message.is_deleted:
                 message.visible_at = self.clock.now() + seconds
                 if seconds == 0:
                     self.returned.append(message.id)
+            else:
+                left.append(record)
         self._tell()
-        return []
+        return left
 
     async def close(self) -> None:
         pass

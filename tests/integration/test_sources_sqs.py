@@ -53,7 +53,7 @@ async def test_the_queue_is_named_by_its_own_url(stub, source) -> None:
     """GetQueueUrl for the ARN's account, once; the URL is sent, never dialled."""
     stub.script["ReceiveMessage"] = [{"Messages": [MESSAGE]}]
     for _ in range(2):
-        await source.receive(10, 3.9, None)
+        await source.receive(10, 3.9, 30.0)
     assert stub.asked("GetQueueUrl") == [{"QueueName": "orders", "QueueOwnerAWSAccountId": ACCOUNT}]
     assert (
         stub.asked("ReceiveMessage")
@@ -69,7 +69,6 @@ async def test_the_queue_is_named_by_its_own_url(stub, source) -> None:
         ]
         * 2
     )
-    assert len(stub.asked("GetQueueAttributes")) == 1
 
 
 async def test_without_permission_to_ask_the_url_is_built(stub, source) -> None:
@@ -130,19 +129,6 @@ async def test_visibility_is_rounded_up_and_bounded(stub, source) -> None:
         assert stub.asked("ChangeMessageVisibilityBatch")[-1] == {"QueueUrl": URL, "Entries": entries}
 
 
-async def test_the_queues_timeout_is_asked_for_again_after_a_minute(stub, source, monkeypatch) -> None:
-    """So that a change of the queue reaches us; until then the known one is sent and `expires` fits."""
-    stub.script["ReceiveMessage"] = [{"Messages": [MESSAGE]}]
-    await source.receive(1, 0, None)
-    stub.script["GetQueueAttributes"] = [{"Attributes": {"VisibilityTimeout": "90"}}]
-    clock = source._clock
-    [record] = await source.receive(1, 0, None)
-    assert record.expires == pytest.approx(clock.now() + 30, abs=5)
-    monkeypatch.setattr(source, "_clock", Later(clock, 61.0))
-    [record] = await source.receive(1, 0, None)
-    assert record.expires == pytest.approx(clock.now() + 61 + 90, abs=5)
-
-
 async def test_expiry_is_counted_from_before_the_call(stub, source) -> None:
     """An answer that took its time does not make a receipt last longer."""
     clock, arrived = source._clock, []
@@ -155,20 +141,6 @@ async def test_expiry_is_counted_from_before_the_call(stub, source) -> None:
     stub.script["ReceiveMessage"] = [slow]
     [record] = await source.receive(1, 0, 30.0)
     assert record.expires <= arrived[0] + 30
-
-
-class Later:
-    """A clock that is ahead."""
-
-    def __init__(self, clock: SystemClock, seconds: float) -> None:
-        self._clock = clock
-        self._seconds = seconds
-
-    def now(self) -> float:
-        return self._clock.now() + self._seconds
-
-    def loop(self, at: float) -> float:
-        return self._clock.loop(at - self._seconds)
 
 
 async def test_batches_have_ten_entries_and_run_at_once(stub, source) -> None:
@@ -238,14 +210,6 @@ async def test_a_refused_call_is_answered_at_once(stub, source) -> None:
         assert list(await source.delete(two)) == two
     assert len(stub.asked("DeleteMessageBatch")) == 1
     assert logs[0]["reason"] == "DeleteMessageBatch: AccessDenied: not authorized"
-
-
-async def test_an_expired_receipt_is_not_tried_again(stub, source) -> None:
-    """By then the message may be somebody else's."""
-    stub.script["DeleteMessageBatch"] = [html_error]
-    gone = records(2, expires=source._clock.now())
-    assert list(await source.delete(gone)) == gone
-    assert len(stub.asked("DeleteMessageBatch")) == 1
 
 
 async def test_a_partial_failure_of_one_call_leaves_the_others_alone(stub, source) -> None:

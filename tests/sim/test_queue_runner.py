@@ -3,16 +3,20 @@
 import asyncio
 import json
 import random
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
+from asyncio_throttle import throttler
 
 from poller.core.model import (
     TRIM_HORIZON,
     BatchPolicy,
     FunctionSpec,
     Mapping,
+    QueuePolicy,
     Reply,
     ReplyStatus,
     RetryPolicy,
@@ -20,18 +24,20 @@ from poller.core.model import (
     SourceSpec,
 )
 from poller.core.retry import Backoff
+from poller.core.scaling import INITIAL
 from poller.errors import SourceGone, SourceThrottled, SourceUnavailable
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
-from poller.runtime.queue_runner import RECEIVE_LOOPS, QueueRunner
+from poller.runtime.queue_runner import QueueRunner
 from poller.stores.memory import MemoryStore
 from tests.fakes.observer import CountingObserver
-from tests.fakes.queue import FakeQueue
+from tests.fakes.queue import FakeQueue, Message
 from tests.sim.loop import VirtualClock, VirtualLoop
 
 OK = Reply(ReplyStatus.OK)
 ERROR = Reply(ReplyStatus.FUNCTION_ERROR, error="500")
+UNREACHABLE = Reply(ReplyStatus.UNREACHABLE, error="refused")
 THROTTLED = Reply(ReplyStatus.THROTTLED, error="429")
 
 
@@ -80,8 +86,9 @@ class Setup:
         self.queue = more.get("queue") or FakeQueue(clock, more.get("visibility", 30.0), fifo=more.get("fifo", False))
         self.observer = CountingObserver()
         store = MemoryStore()
+        self.budget = ByteBudget(more.get("budget", 10**9))
         context = Context(
-            clock, rng, store, Checkpointer(store, clock, 0.1, trouble), ByteBudget(10**9),
+            clock, rng, store, Checkpointer(store, clock, 0.1, trouble), self.budget,
             Backoff(1.0, 5.0, lambda: 1.0), trouble, "me",
         )  # fmt: skip
         mapping = Mapping(
@@ -91,7 +98,12 @@ class Setup:
             batch=BatchPolicy(more.get("size", 10), more.get("window", 0.0), max_bytes=more.get("max_bytes", 10**6)),
             retry=RetryPolicy(report_failures=more.get("report", False)),
             start=TRIM_HORIZON,
-            max_concurrency=more.get("max_concurrency"),
+            queue=QueuePolicy(
+                more.get("max_concurrency") or 1250,
+                more.get("floor", 1),
+                more.get("growth", 300.0),
+                more.get("breaker", True),
+            ),
         )
 
         async def open_queue() -> FakeQueue:
@@ -165,57 +177,383 @@ def test_a_partial_answer_deletes_exactly_what_was_not_named() -> None:
     run(main)
 
 
-def test_a_throttled_batch_is_kept_while_its_receipts_live() -> None:
-    """Tried again in memory; then forgotten, not deleted, and received anew."""
+def test_a_throttled_batch_is_held_and_stays_ours() -> None:
+    """Tried again in memory for hours with its visibility kept alive: no receive is spent on it."""
 
     async def main():
-        setup = Setup(Target(lambda ids: THROTTLED), visibility=20.0)
+        healed_at = 3 * 3600.0
+        setup = Setup(Target(lambda ids: OK if asyncio.get_running_loop().time() > healed_at else THROTTLED))
         setup.queue.send("a")
-        await setup.run_for(25)
-        times = [at for at, _ in setup.target.batches]
-        assert len([at for at in times if at < 20]) >= 4
-        assert setup.queue.messages[0].receives == 2
-        assert setup.queue.left()
+        await setup.run_for(healed_at + 30)
+        assert not setup.queue.left()
+        assert setup.queue.messages[0].receives == 1
+        assert len(setup.target.batches) > 1000
 
     run(main)
 
 
-def test_an_expired_receipt_is_never_invoked() -> None:
-    """Between a throttle and the next try the visibility may end: then the message is not ours any more."""
+def test_a_held_message_is_let_go_after_twelve_hours() -> None:
+    """SQS ends a message's invisibility then, whatever is asked for; it is forgotten and received anew."""
 
     async def main():
-        queue = FakeQueue(VirtualClock(asyncio.get_running_loop()), 8.0)
+        setup = Setup(Target(lambda ids: THROTTLED))
+        setup.queue.send("a")
+        await setup.run_for(43_150)
+        assert setup.queue.messages[0].receives == 1
+        again = Setup(Target(lambda ids: THROTTLED))
+        again.queue.send("a")
+        await again.run_for(43_300)
+        assert again.queue.messages[0].receives == 2
+
+    run(main)
+
+
+@pytest.mark.parametrize("fifo", [False, True])
+def test_an_expired_receipt_is_never_invoked(fifo: bool) -> None:
+    """Where visibility cannot be extended a message is not ours any more: neither it nor, in its group, what follows."""
+
+    async def main():
+        queue = FakeQueue(VirtualClock(asyncio.get_running_loop()), 8.0, fifo=fifo)
+        queue.deaf = lambda: True
 
         def answer(ids):
-            message = queue.messages[0]
-            assert message.visible_at > queue.clock.now(), "invoked with a message that somebody else may have"
+            for message in queue.messages:
+                if message.id in ids:
+                    assert message.visible_at > queue.clock.now(), "somebody else may have it"
             return THROTTLED
 
-        setup = Setup(Target(answer, seconds=0.0), queue=queue)
-        queue.send("a")
+        setup = Setup(Target(answer, seconds=0.0), queue=queue, fifo=fifo)
+        queue.send("a", "b", group="g" if fifo else "")
         await setup.run_for(60)
+        assert {message.receives for message in queue.messages} == {7}
 
     run(main)
 
 
-def test_what_expired_while_receiving_was_in_trouble_is_not_invoked() -> None:
-    """A window that could not go on holds messages that somebody else may have by now."""
+def test_a_group_whose_visibility_ended_under_our_hands_is_not_run_twice_at_once() -> None:
+    """FIFO, after a suspend for example: the group is received again while its first attempt still runs."""
+
+    async def main():
+        queue = FakeQueue(VirtualClock(asyncio.get_running_loop()), 8.0, fifo=True)
+        queue.deaf = lambda: True
+        setup = Setup(Target(seconds=20, timeout=25.0), queue=queue, fifo=True, size=1)
+        queue.send("a", "b", group="g")
+        await setup.run_for(200)
+        assert setup.target.most_running == 1
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"fifo": True}, {"size": 100, "window": 60.0}, {"max_concurrency": 1, "size": 1}]
+)
+def test_visibility_is_kept_while_a_message_is_held(shape: dict) -> None:
+    """In a window, in flight, whatever takes longer than the queue's own timeout: each message runs once."""
+
+    async def main():
+        setup = Setup(Target(seconds=100, timeout=900.0), visibility=5.0, **shape)
+        setup.queue.send("a", "b", group="g" if setup.queue.fifo else "")
+        await setup.run_for(300)
+        assert sorted(name for ids in setup.target.ids() for name in ids) == ["m0", "m1"]
+        assert [message.receives for message in setup.queue.messages] == [1, 1]
+        assert not setup.queue.left()
+
+    run(main)
+
+
+def test_visibility_is_kept_while_the_function_is_busy_with_others() -> None:
+    """A window ends and another mapping has the only slot: what was gathered waits, and stays ours."""
+
+    async def main():
+        gate = Gate(1)
+        setup = Setup(Target(timeout=5.0), visibility=6.0, size=100, window=2.0, gate=gate)
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(1)
+        setup.queue.send("a")
+        await asyncio.sleep(1)
+        async with gate:
+            await asyncio.sleep(120)
+            assert not setup.target.batches
+        await asyncio.sleep(1)
+        assert setup.queue.messages[0].receives == 1
+        assert not setup.queue.left()
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_a_window_does_not_hold_the_function() -> None:
+    """It may last five minutes, and another mapping may want the slot."""
+
+    async def main():
+        gate = Gate(1)
+        gate.users = 2
+        setup = Setup(Target(), size=100, window=300.0, gate=gate)
+        setup.queue.send("a")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(5)
+        began = asyncio.get_running_loop().time()
+        async with gate:
+            assert asyncio.get_running_loop().time() - began < 2
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_a_window_outlasts_a_receive_that_fails() -> None:
+    """What was gathered is delivered at the window's end; it was received once."""
 
     async def main():
         setup = Setup(Target(timeout=1.0), size=25, window=5.0, visibility=40.0)
-        failures = [SourceThrottled("slow")] * 12
 
         def trouble():
-            if setup.queue.receives and failures:
-                raise failures.pop()
+            if setup.queue.receives and asyncio.get_running_loop().time() < 4:
+                raise SourceThrottled("slow")
 
         setup.queue.trouble = trouble
         setup.queue.send("a")
-        await setup.run_for(120)
+        await setup.run_for(60)
         [(at, ids)] = setup.target.batches
         assert ids == ["m0"]
-        assert setup.queue.messages[0].receives == 2
-        assert at > 40
+        assert 5 <= at < 5.5
+        assert setup.queue.messages[0].receives == 1
+
+    run(main)
+
+
+def test_a_target_that_is_down_raises_no_receive_counts() -> None:
+    """Two minutes of refusals: the circuit opens, one batch at a time probes, and nothing else is received."""
+
+    async def main():
+        down = (20.0, 140.0)
+        time = asyncio.get_running_loop().time
+
+        def answer(ids):
+            return UNREACHABLE if down[0] < time() < down[1] else OK
+
+        setup = Setup(Target(answer), visibility=5.0)
+        task = asyncio.ensure_future(setup.runner.run())
+        for _ in range(20):
+            setup.queue.send(*map(str, range(50)))
+            await asyncio.sleep(1.3)
+        await asyncio.sleep(60)
+        assert setup.runner.breaker != "closed"
+        received = len(setup.queue.receives)
+        setup.queue.send(*map(str, range(500)))
+        called = len(setup.target.batches)
+        await asyncio.sleep(40)
+        assert len(setup.queue.receives) == received
+        assert len(setup.target.batches) - called < 20
+        await asyncio.sleep(60)
+        assert not setup.queue.left()
+        assert setup.runner.breaker == "closed"
+        assert max(message.receives for message in setup.queue.messages) == 1
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_without_a_breaker_receiving_goes_on() -> None:
+    """`CircuitBreaker: false`: the loops fill with batches that wait, and stay theirs."""
+
+    async def main():
+        setup = Setup(Target(lambda ids: THROTTLED), breaker=False, visibility=5.0)
+        setup.queue.send(*map(str, range(100)))
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(60)
+        assert setup.runner.breaker == "closed"
+        setup.target.answer = lambda ids: OK
+        await asyncio.sleep(60)
+        assert not setup.queue.left()
+        assert max(message.receives for message in setup.queue.messages) == 1
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_an_open_circuit_without_a_message_is_probed_with_the_next() -> None:
+    """The batch that opened it expired; else nobody would ever look again."""
+
+    async def main():
+        setup = Setup(Target(lambda ids: THROTTLED), visibility=2.0, max_concurrency=1)
+        setup.queue.deaf = lambda: True
+        setup.queue.send("a")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(100)
+        assert setup.runner.breaker != "closed"
+        setup.target.answer = lambda ids: OK
+        await asyncio.sleep(30)
+        assert not setup.queue.left()
+        assert setup.runner.breaker == "closed"
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_loops_grow_while_replies_are_full_and_fall_when_the_queue_is_empty() -> None:
+    """Five at first, 300 more a minute; after the backlog one is left."""
+
+    async def main():
+        setup = Setup(Target(seconds=10), visibility=60.0)
+        setup.queue.send(*map(str, range(6000)))
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(1)
+        assert setup.target.most_running <= 10
+        await asyncio.sleep(29)
+        assert 140 <= setup.target.most_running <= 156
+        assert setup.runner.receivers == setup.runner.receiver_limit
+        await asyncio.sleep(120)
+        assert not setup.queue.left()
+        assert (setup.runner.receivers, setup.runner.receiver_limit) == (1, INITIAL)
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_growth_ends_at_the_ceiling_and_begins_at_the_floor() -> None:
+    """ProvisionedPollerConfig: so many poll an idle queue, so many run at most."""
+
+    async def main():
+        setup = Setup(Target(seconds=5), max_concurrency=20, floor=3)
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(60)
+        assert setup.queue.most_polls == 3
+        assert len(setup.queue.receives) == 9
+        setup.queue.send(*map(str, range(1000)))
+        await asyncio.sleep(60)
+        assert setup.target.most_running == 20
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+@pytest.mark.parametrize(("report", "is_slowed"), [(False, True), (True, False)])
+def test_errors_lower_concurrency_gradually_unless_failures_are_reported(report: bool, is_slowed: bool) -> None:
+    """Success restores it."""
+
+    async def main():
+        setup = Setup(Target(lambda ids: ERROR, seconds=1), visibility=10.0, report=report)
+        setup.queue.send(*map(str, range(1000)))
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(60)
+        assert (setup.runner.receiver_limit < 5) == is_slowed
+        assert (setup.runner.receiver_limit > 100) != is_slowed
+        setup.target.answer = lambda ids: OK
+        await asyncio.sleep(60)
+        assert setup.runner.receiver_limit >= INITIAL
+        assert not setup.queue.left()
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_throttles_lower_concurrency_at_once() -> None:
+    """A function that takes 20 calls at a time is found to do so: few calls are refused."""
+
+    async def main():
+        target = Target(seconds=1)
+        refused = 0
+
+        def answer(ids):
+            nonlocal refused
+            refused += target.running > 20
+            return THROTTLED if target.running > 20 else OK
+
+        target.answer = answer
+        setup = Setup(target, visibility=30.0)
+        setup.queue.send(*map(str, range(8000)))
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(100)
+        assert not setup.queue.left()
+        assert max(message.receives for message in setup.queue.messages) == 1
+        assert refused < 0.1 * len(target.batches)
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_a_message_may_come_back_when_its_answer_says() -> None:
+    """`delaySeconds` sets the visibility of that message alone."""
+
+    async def main():
+        def answer(ids):
+            if len(ids) < 3:
+                return OK
+            items = [{"itemIdentifier": "m0", "delaySeconds": 3}, {"itemIdentifier": "m1"}]
+            return Reply(ReplyStatus.OK, json.dumps({"batchItemFailures": items}).encode())
+
+        setup = Setup(Target(answer), report=True)
+        setup.queue.send("a", "b", "c")
+        await setup.run_for(60)
+        assert setup.target.ids() == [["m0", "m1", "m2"], ["m0"], ["m1"]]
+        first, second, third = [at for at, _ in setup.target.batches]
+        assert 3 <= second - first < 4
+        assert 30 <= third - first < 31
+
+    run(main)
+
+
+def test_a_limited_function_pauses_receiving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two invocations a second, whatever waits; no message is held for it."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(throttler, "time", SimpleNamespace(monotonic=loop.time))
+        setup = Setup(Target(), gate=Gate(None, 2.0), size=1, visibility=5.0)
+        setup.queue.send(*map(str, range(60)))
+        task = asyncio.ensure_future(setup.runner.run())
+        most = 0
+        for _ in range(280):
+            await asyncio.sleep(0.1)
+            hidden = [m for m in setup.queue.left() if m.visible_at > setup.clock.now()]
+            most = max(most, len(hidden))
+        times = [at for at, _ in setup.target.batches]
+        assert all(later - earlier > 0.99 for earlier, later in zip(times, times[2:], strict=False))
+        assert len(times) >= 50
+        assert most <= 2 + 2  # permits, and what was just received
+        assert max(message.receives for message in setup.queue.messages) == 1
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_memory_is_bounded() -> None:
+    """`limits.buffer_bytes` counts messages; one loop of each queue goes on."""
+
+    async def main():
+        setup = Setup(Target(seconds=100), budget=50_000, visibility=500.0)
+        setup.queue.send(*["x" * 1000] * 2000)
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(90)
+        assert setup.budget.used < 70_000
+        assert setup.target.most_running <= 7
+        setup.runner.stop(0.0)
+        await task
+        assert setup.budget.used == 0
+
+    run(main)
+
+
+def test_small_batches_share_their_deletes() -> None:
+    """Ten loops with one message each need far fewer calls than messages."""
+
+    async def main():
+        setup = Setup(Target(), size=1)
+        setup.queue.send(*map(str, range(1000)))
+        await setup.run_for(60)
+        assert not setup.queue.left()
+        assert len(setup.queue.deletes) < 500
+        assert max(count for _, count in setup.queue.deletes) == 10
 
     run(main)
 
@@ -337,7 +675,7 @@ def test_an_idle_queue_costs_three_requests_a_minute() -> None:
         setup.queue.send(*map(str, range(500)))
         await asyncio.sleep(20)
         assert not setup.queue.left()
-        assert setup.target.most_running == RECEIVE_LOOPS
+        assert INITIAL <= setup.target.most_running <= 3 * INITIAL
         await asyncio.sleep(60)
         before = len(setup.queue.receives)
         await asyncio.sleep(600)
@@ -512,22 +850,30 @@ async def queue_world(seed: int) -> int:
     rng = random.Random(seed)
     clock = VirtualClock(asyncio.get_running_loop())
     fifo = rng.random() < 0.5
-    queue = FakeQueue(clock, visibility=rng.choice([5.0, 30.0]), fifo=fifo)
-    rates = rng.choice([(0.0, 0.0), (0.1, 0.05), (0.3, 0.2)])
+    limit = rng.choice([None, None, 4])
+    queue = FakeQueue(clock, visibility=rng.choice([2.0, 5.0, 30.0]), fifo=fifo, limit=limit)
+    rates = rng.choice([(0.0, 0.0, 0.0), (0.1, 0.05, 0.0), (0.3, 0.2, 0.0), (0.1, 0.1, 0.2)])
     is_healed = False
     succeeded: dict[str, float] = {}
-    limit = rng.choice([None, 1, 3])
+    attempts: Counter[str] = Counter()
+    interruptions: Counter[str] = Counter()
+    ceiling = rng.choice([None, 1, 3])
     size, window = (10, 0.0) if fifo else rng.choice([(10, 0.0), (1, 0.0), (30, 2.0)])
+    down = (rng.uniform(5, 30), rng.uniform(5, 60)) if rng.random() < 0.3 else (0.0, 0.0)
 
     def answer(ids: list[str]) -> Reply:
-        if not is_healed and rng.random() < rates[0]:
-            return rng.choice([ERROR, Reply(ReplyStatus.TIMEOUT, error="t")])
+        if not is_healed and down[0] < clock.now() - began < down[0] + down[1]:
+            return UNREACHABLE
         if not is_healed and rng.random() < rates[1]:
             return THROTTLED
+        attempts.update(ids)
+        if not is_healed and rng.random() < rates[0]:
+            return rng.choice([ERROR, Reply(ReplyStatus.TIMEOUT, error="t")])
         for name in ids:
-            message = next(m for m in queue.messages if m.id == name)
+            message = messages[name]
+            assert message.visible_at > clock.now(), f"{name} ended when it was not ours any more"
             if fifo and name not in succeeded:
-                earlier = [m.id for m in queue.messages if m.group == message.group and int(m.id[1:]) < int(name[1:])]
+                earlier = [m.id for m in groups[message.group] if int(m.id[1:]) < int(name[1:]) and not m.is_dead]
                 assert all(m in succeeded for m in earlier), f"{name} overtook {earlier} in its group"
             succeeded.setdefault(name, clock.now())
         return OK
@@ -536,33 +882,52 @@ async def queue_world(seed: int) -> int:
         if not is_healed and rng.random() < rates[1] / 2:
             raise rng.choice([SourceThrottled("slow", 1.0), SourceUnavailable("503")])
 
+    began = clock.now()
+    messages: dict[str, Message] = {}
+    groups: dict[str, list[Message]] = {}
     queue.trouble = trouble
-    target = Target(answer, seconds=rng.choice([0.0, 0.2, 1.0]), timeout=4.0)
+    # What cannot be extended is let go of; while it is in flight that would break the assertion in `answer`.
+    seconds = rng.choice([0.0, 0.2, 1.0, 7.0])
+    queue.deaf = lambda: not is_healed and seconds < 1 and rng.random() < rates[2]
+    target = Target(answer, seconds=seconds, timeout=10.0)
     lives = rng.choice([1, 2, 4])
     for life in range(lives):
-        made = Setup(target, queue=queue, size=size, window=window, fifo=fifo, max_concurrency=limit, rng=rng)
+        made = Setup(
+            target, queue=queue, size=size, window=window, fifo=fifo, max_concurrency=ceiling, rng=rng,
+            breaker=rng.random() < 0.7, budget=rng.choice([10**9, 2000]),
+        )  # fmt: skip
         task = asyncio.ensure_future(made.runner.run())
         for _ in range(rng.randrange(1, 30)):
+            known = len(queue.messages)
             queue.send(
                 *(str(rng.random()) for _ in range(rng.randrange(1, 6))), group=f"g{rng.randrange(3)}" if fifo else ""
             )
+            for message in queue.messages[known:]:
+                messages[message.id] = message
+                groups.setdefault(message.group, []).append(message)
             await asyncio.sleep(rng.uniform(0.0, 1.0))
+        if life == lives - 1:
+            is_healed = True
+            deadline = clock.now() + 5000
+            while queue.left():
+                assert clock.now() < deadline, f"still there: {queue.left()}"
+                await asyncio.sleep(1)
+        interruptions.update(message.id for message in queue.left() if message.visible_at > clock.now())
         if life < lives - 1 and rng.random() < 0.5:
             task.cancel()
             await asyncio.wait([task])
             continue
-        if life == lives - 1:
-            is_healed = True
-            deadline = clock.now() + 900
-            while queue.left():
-                assert clock.now() < deadline, f"still there: {queue.left()}"
-                await asyncio.sleep(1)
         made.runner.stop(60.0)
         await task
-        now = clock.now()
-        hidden = [m for m in queue.left() if m.visible_at > now and m.id in queue.returned and m.receives == 0]
-        assert not hidden
-    assert len(succeeded) == len(queue.messages)
-    if limit:
-        assert target.most_running <= limit
+        assert made.budget.used == 0
+    dead = {message.id for message in queue.messages if message.is_dead}
+    assert succeeded.keys() | dead == messages.keys()
+    for name in dead:
+        assert limit is not None
+        refused = 0 if not rates[2] else limit  # what cannot be extended comes back untried
+        assert attempts[name] >= limit - interruptions[name] - refused, f"{name} is dead and was hardly tried"
+    if rates == (0.0, 0.0, 0.0) and lives == 1:
+        assert all(message.receives == 1 for message in queue.messages), "received again without need"
+    if ceiling:
+        assert target.most_running <= ceiling
     return len(queue.messages)

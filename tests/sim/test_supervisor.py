@@ -280,6 +280,29 @@ def test_a_deleted_mapping_is_forgotten_everywhere() -> None:
     run(main)
 
 
+def test_status_is_what_the_runner_says() -> None:
+    """A stream has no receive loops and its breaker is closed; a queue's come from its runner, none without one."""
+
+    async def main():
+        daemon = Daemon()
+        daemon.supervisor.want(Wanted(MAPPING))
+        (status,) = daemon.supervisor.status()
+        assert (status.breaker, status.receivers, status.receiver_limit) == ("closed", None, None)
+        task = asyncio.ensure_future(daemon.supervisor.run())
+        await asyncio.sleep(1)
+        kept = daemon.supervisor._kept["m"]
+        (status,) = daemon.supervisor.status()
+        assert kept.runner is not None
+        assert (status.breaker, status.receivers, status.receiver_limit) == ("closed", None, None)
+        kept.runner.breaker, kept.runner.receivers, kept.runner.receiver_limit = "open", 3, 20
+        (status,) = daemon.supervisor.status()
+        assert (status.breaker, status.receivers, status.receiver_limit) == ("open", 3, 20)
+        daemon.supervisor.stop(1.0)
+        await task
+
+    run(main)
+
+
 def test_a_crash_of_ours_is_tried_again_and_leaks_nothing() -> None:
     """Each try connects and disconnects; the mapping says what is wrong and recovers."""
 

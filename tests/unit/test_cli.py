@@ -92,12 +92,25 @@ def test_status_shows_one_line_per_mapping_and_shard() -> None:
     }  # fmt: skip
     mapping = {
         "uuid": "u", "function": "f", "source": "kinesis", "state": "Enabled", "reason": "slow", "in_flight": 2, "shards": [shard],
+        "breaker": "closed", "receivers": None, "receiver_limit": None,
     }  # fmt: skip
     lines = status_lines({"mappings": [mapping]})
     assert lines[0].split() == ["u", "kinesis", "f", "Enabled", "in", "flight", "2", "slow"]
     assert "blocked for 12 s by 7..9, 4 attempts" in lines[1]
     assert "500 from 127.0.0.1:1/f" in lines[1]
     assert status_lines({"mappings": []}) == ["no mappings"]
+
+
+def test_status_of_a_queue_shows_its_receive_loops_and_its_breaker() -> None:
+    """Loops now and at most; that receiving is paused while the breaker is not closed. Older daemons say no loops."""
+    mapping = {
+        "uuid": "u", "function": "f", "source": "sqs", "state": "Enabled", "reason": "", "in_flight": 2, "shards": [],
+        "breaker": "open", "receivers": 3, "receiver_limit": 20,
+    }  # fmt: skip
+    (line,) = status_lines({"mappings": [mapping]})
+    assert line == "u  sqs      f  Enabled  in flight 2  receive loops 3/20  circuit open: receiving is paused"
+    old = {name: value for name, value in mapping.items() if not name.startswith("receiver")} | {"breaker": "closed"}
+    assert status_lines({"mappings": [old]}) == ["u  sqs      f  Enabled  in flight 2"]
 
 
 @pytest.mark.parametrize(

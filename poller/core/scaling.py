@@ -1,0 +1,84 @@
+"""How many receive loops a queue may have at this moment."""
+
+from math import floor, inf
+
+INITIAL = 5  # AWS starts with five batches at once (semantics 8.1)
+# AWS says only that errors lower concurrency gradually and throttles too; its curves are unpublished (semantics 15).
+_FAILURE = 0.9  # what a failed batch leaves of the health
+_RECOVERY = 0.05  # what a successful one gives back
+_THROTTLE = 0.5  # what a throttle leaves of the loops
+# Of a loop: or five times a fifth is less than one. Far more than the fastest growth (10,000 a minute) in a step of the
+# clock (epoch seconds as floats are a quarter of a microsecond apart), or `grows_at` comes too early and then is "now".
+_ROUNDING = 1e-3
+_CUT_PAUSE = 1.0  # throttles of loops that ran at the same time are one piece of news
+
+
+class Scaling:
+    """The limit is a level times a health.
+
+    The level begins at 5 loops, grows by `growth` loops a minute while replies are full, is halved by a throttle, and
+    falls back to 5 when the queue is empty. The health, 1 at most, falls with each failed batch and rises with each
+    successful one: so it follows the share of failures, and a few of them in many batches cost nothing.
+    The limit is never below 1 and `floor`, never above `ceiling`.
+    """
+
+    def __init__(self, lowest: int, ceiling: int, growth: float) -> None:
+        self._lowest = lowest
+        self._ceiling = ceiling
+        self._growth = growth / 60
+        self._initial = float(max(lowest, min(INITIAL, ceiling)))
+        self._level = self._initial
+        self._health = 1.0
+        self._grown_to = inf  # until when growth is counted in; inf: the last reply was not full
+        self._cut_at = -inf
+
+    def limit(self, now: float) -> int:
+        """Loops that there may be."""
+        self._grow(now)
+        return max(self._lowest, floor(self._level * self._health + _ROUNDING))
+
+    def grows_at(self, now: float) -> float:
+        """When the limit is higher by one, if nothing happens until then; inf: never."""
+        wanted = (self.limit(now) + 1) / self._health
+        if self._grown_to == inf or wanted > self._ceiling:
+            return inf
+        return now + (wanted - self._level) / self._growth
+
+    def _grow(self, now: float) -> None:
+        if self._grown_to < now:
+            self._level = min(float(self._ceiling), self._level + (now - self._grown_to) * self._growth)
+            self._grown_to = now
+
+    def received(self, *, is_full: bool, now: float) -> None:
+        """A reply with messages came."""
+        self._grow(now)
+        if not is_full:
+            self._grown_to = inf
+        elif self._grown_to == inf:
+            self._grown_to = now
+
+    def emptied(self, loops: int) -> None:
+        """A reply without messages came, while so many loops were there."""
+        self._grown_to = inf
+        self._level = min(self._level, max(self._initial, float(loops)))
+
+    def succeeded(self) -> None:
+        """The function took a batch, perhaps not every message of it."""
+        self._health = min(1.0, self._health + _RECOVERY)
+        if self._level < self._initial:
+            self._level = min(self._initial, self._level + 1)
+
+    def failed(self) -> None:
+        """A batch failed."""
+        self._health = max(self._health * _FAILURE, 1 / self._level)
+
+    def throttled(self, loops: int, now: float) -> None:
+        """The target refused a batch, while so many loops were there."""
+        if now - self._cut_at >= _CUT_PAUSE:
+            self._cut_at = now
+            self._grow(now)
+            self._level = max(1.0, min(self._level, float(loops)) * _THROTTLE)
+
+    def reset(self) -> None:
+        """Begin anew: what was known is not true any more."""
+        self._level, self._grown_to = min(self._level, self._initial), inf
