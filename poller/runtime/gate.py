@@ -85,10 +85,11 @@ class Gate:
         if self._permits is not None:
             self._permits.give_back(stamp)
 
-    async def __aenter__(self) -> None:
+    async def __aenter__(self) -> float:
+        """A slot, then a permit: its stamp."""
         await self.acquire()
         try:
-            await self.permit()
+            return await self.permit()
         except BaseException:
             self.release()
             raise

@@ -193,10 +193,12 @@ class ShardWorker:
         """Work off a lane while it is due: a slot first, then the work."""
         try:
             while self._flow.due_at()[lane] <= self._clock.now():  # else it would queue for a slot in vain
-                async with self._pipe.gate:
+                async with self._pipe.gate as permit:
                     work = self._flow.take(lane, self._clock.now())
                     if isinstance(work, Batch):
                         await self._invoke(work)
+                    else:
+                        self._pipe.gate.refund(permit)
                 if isinstance(work, Discard):
                     self._discard(work)
         finally:

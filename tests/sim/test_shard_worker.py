@@ -111,7 +111,7 @@ class Shard:
             source=SourceSpec(SourceKind.KINESIS, "arn", "r", "1", "s"),
             function=FunctionSpec("f", "arn", "role"),
             batch=BatchPolicy(size=more.get("size", 10), buffer_records=more.get("buffer", 100)),
-            retry=RetryPolicy(max_age=more.get("max_age", -1)),
+            retry=RetryPolicy(attempts=more.get("attempts", -1), max_age=more.get("max_age", -1)),
             start=TRIM_HORIZON,
         )
         pipe = Pipe(
@@ -405,6 +405,20 @@ def test_a_rate_is_never_exceeded_and_nothing_is_attempted_while_it_waits(monkey
         assert len(target.times) == 10
         assert target.attempts == [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
         assert shard.worker.checkpoint() == Checkpoint(Position(AT, "10"))
+
+    run(main)
+
+
+def test_what_is_given_up_uses_no_permit(monkeypatch) -> None:
+    """Else a slow rate would be halved by every record that is discarded."""
+    read_clock = SimpleNamespace(monotonic=lambda: asyncio.get_running_loop().time())
+    monkeypatch.setattr("asyncio_throttle.throttler.time", read_clock)
+
+    async def main():
+        target = Target(reply=Reply(ReplyStatus.FUNCTION_ERROR))
+        shard = Shard(Source([page(*range(1, 21))]), target=target, size=1, attempts=0, gate=Gate(None, 0.1))
+        await run_for(shard, 95)
+        assert len(target.calls) == 10
 
     run(main)
 
