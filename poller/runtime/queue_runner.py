@@ -264,9 +264,13 @@ class QueueRunner:
         """See `Pool.is_holding`."""
         return any(loop.held for loop in self._loops)
 
+    def trouble(self, error: PollerError) -> None:
+        """See `Pool.trouble`."""
+        self._set_problem(str(error))
+
     async def wait_out(self, error: PollerError, failures: int) -> None:
         """See `Pool.wait_out`."""
-        self._set_problem(str(error))
+        self.trouble(error)
         retry_after = error.retry_after if isinstance(error, SourceThrottled) else None
         delay = self._context.trouble.delay(failures, retry_after)
         await wait_until(self._stopping.asked, self._clock, self._clock.now() + delay)

@@ -80,6 +80,10 @@ class Pool(Protocol):
         """Does any loop hold messages?"""
         ...
 
+    def trouble(self, error: PollerError) -> None:
+        """The queue does not answer."""
+        ...
+
     async def wait_out(self, error: PollerError, failures: int) -> None:
         """The queue has not answered so many times in a row: wait before the next receive."""
         ...
@@ -248,7 +252,7 @@ class ReceiveLoop:
             try:
                 await self._receive(room, SHORT_POLL, calls)
             except PollerError as error:
-                self._warn("receive_failed", error=str(error), held=len(self.held))
+                self._pool.trouble(error)
                 await self._sleep(SHORT_POLL)
 
     async def _receive(self, room: int, wait: float, calls: int = 1) -> None:
@@ -268,11 +272,11 @@ class ReceiveLoop:
         self.is_hot = len(records) == sum(limits)
         if records:
             self._took(records, asked)
-        else:
-            self._pool.emptied()
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
+        if not records:
+            self._pool.emptied()
 
     async def _call_queue(self, limit: int, wait: float) -> Sequence[Record]:
         observer = self._queue.pipe.observer
@@ -364,7 +368,6 @@ class ReceiveLoop:
                     return outcome, records
             self._pool.groups.difference_update([record.key for record in records])
             self.phase = Phase.WAITING
-            self._turn.end()
             if self._stopped.is_set():
                 return None, ()
             if self._queue.circuit is None or self._queue.circuit.state == "closed":
@@ -408,6 +411,8 @@ class ReceiveLoop:
             self._cut_off()
             self._pool.groups.difference_update([record.key for record in batch.records])
             raise
+        finally:
+            self._turn.end()  # while messages are settled somebody else may use the function
 
     def _cut_off(self) -> None:
         if self._queue.circuit:
