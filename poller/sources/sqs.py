@@ -19,6 +19,7 @@ RECEIVE_LIMIT = 10  # messages of one ReceiveMessage, and of one batch call
 MAX_WAIT = 20.0
 MAX_VISIBILITY = 43_200.0
 
+_TRAVEL = 1.0  # seconds that an answer may have been on its way
 _CALL_TIMEOUT = 10.0  # beyond the wait of a long poll
 _BATCH_TRIES = 6
 _BATCH_PAUSE = 0.1  # before the second try; doubled for each further one
@@ -190,7 +191,9 @@ class SqsSource:
         if not messages:
             return ()
         now = self._clock.now()
-        expires = asked + seconds
+        # The timeout runs from when SQS gave the messages away: at the end of a long poll, not at its start. How long
+        # the answer then travelled, and waited here to be read, is not known.
+        expires = max(asked, now - min(_TRAVEL, seconds / 4)) + seconds
         return [self._encode(message, now, expires) for message in messages]
 
     async def delete(self, records: Sequence[Record]) -> Sequence[Record]:
