@@ -1,5 +1,13 @@
 """Options of the whole suite."""
 
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, and no complaint about a slow machine: a test that fails, fails for a reason.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+settings.load_profile("repeatable")
+
 
 def pytest_addoption(parser):
     parser.addoption(

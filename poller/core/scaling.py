@@ -16,9 +16,10 @@ _CUT_PAUSE = 1.0  # throttles of loops that ran at the same time are one piece o
 class Scaling:
     """The limit is a level times a health.
 
-    The level begins at 5 loops, grows by `growth` loops a minute while replies are full, is halved by a throttle, and
-    falls back to 5 when the queue is empty. The health, 1 at most, falls with each failed batch and rises with each
-    successful one: so it follows the share of failures, and a few of them in many batches cost nothing.
+    The level begins at 5 loops, grows by `growth` loops a minute while replies are full and all loops are there, is
+    halved by a throttle, and falls back to 5 when the queue is empty. The health, 1 at most, falls with each failed
+    batch and rises with each successful one: so it follows the share of failures, and a few of them in many batches
+    cost nothing.
     The limit is never below 1 and `floor`, never above `ceiling`.
     """
 
@@ -29,7 +30,7 @@ class Scaling:
         self._initial = float(max(lowest, min(INITIAL, ceiling)))
         self._level = self._initial
         self._health = 1.0
-        self._grown_to = inf  # until when growth is counted in; inf: the last reply was not full
+        self._grown_to = inf  # until when growth is counted in; inf: there is no reason to grow
         self._cut_at = -inf
 
     def limit(self, now: float) -> int:
@@ -49,10 +50,10 @@ class Scaling:
             self._level = min(float(self._ceiling), self._level + (now - self._grown_to) * self._growth)
             self._grown_to = now
 
-    def received(self, *, is_full: bool, now: float) -> None:
-        """A reply with messages came."""
-        self._grow(now)
-        if not is_full:
+    def received(self, *, is_full: bool, loops: int, now: float) -> None:
+        """A reply with messages came, while so many loops were there. A limit that nobody reaches does not grow."""
+        limit = self.limit(now)
+        if not is_full or loops < limit - 1:  # one may just be on its way
             self._grown_to = inf
         elif self._grown_to == inf:
             self._grown_to = now

@@ -17,7 +17,7 @@ class Circuit:
     def __init__(self, clock: Clock, backoff: Backoff) -> None:
         self._clock = clock
         self._breaker = Breaker(backoff)
-        self._holding = 0  # who wait with messages in hand
+        self._holding = 0
         self._receiving = 0  # receives under way, whatever the state was when they began
         self._changed = asyncio.Event()
 
@@ -28,17 +28,20 @@ class Circuit:
 
     # --- invoking
 
-    async def wait_to_invoke(self) -> None:
-        """Wait, with messages in hand, until an invocation may begin. Ask `invoke` next: others wait too."""
-        if self._breaker.state == "closed":
-            return
+    def hold(self) -> None:
+        """Somebody has messages in hand and waits to invoke, until `let_go`: nobody need receive any to probe with."""
         self._holding += 1
-        try:
-            while self._breaker.probe_at() > self._clock.now():
-                await wait_until(self._changed, self._clock, self._breaker.probe_at())
-        finally:
-            self._holding -= 1
+
+    def let_go(self) -> None:
+        """See `hold`."""
+        self._holding -= 1
+        if self._breaker.state != "closed":
             self._tell()
+
+    async def wait_to_invoke(self) -> None:
+        """Wait until an invocation may begin. Ask `invoke` next: others wait too."""
+        while self._breaker.probe_at() > self._clock.now():
+            await wait_until(self._changed, self._clock, self._breaker.probe_at())
 
     def invoke(self) -> bool:
         """An invocation begins. False: it must not; wait again."""

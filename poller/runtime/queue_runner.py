@@ -52,6 +52,7 @@ class QueueRunner:
         self._source: QueueSource | None = None
         self._queue: Queue | None = None
         self._deletes: Deletes | None = None
+        self._keeper: VisibilityKeeper | None = None
         self._services: list[asyncio.Task[None]] = []
         self._stopping = Stopping(context.clock, pipe.mapping)
         self._loops: dict[ReceiveLoop, asyncio.Task[None]] = {}
@@ -125,11 +126,11 @@ class QueueRunner:
         self._deletes = Deletes(self._source, tasks)
         self._queue = Queue(self._context, self._pipe, self._source, self._circuit, self._deletes, self._stopping)
         self._tasks = tasks
-        keeper = VisibilityKeeper(
+        self._keeper = VisibilityKeeper(
             self._mapping, self._clock, self._source, lambda: self.visibility, lambda: (*self._loops, *self._left)
         )
         self._services += [
-            tasks.create_task(keeper.run()),
+            tasks.create_task(self._keeper.run()),
             tasks.create_task(self._grow()),
             tasks.create_task(self._look_at_queue(self._source)),
         ]
@@ -227,10 +228,15 @@ class QueueRunner:
             return False
         return self.seeking < self._mapping.queue.floor or (loop.is_hot and self.seeking < _MOST_SEEKING)
 
+    def took(self, expires: float) -> None:
+        """See `Pool.took`."""
+        if self._keeper is not None:
+            self._keeper.took(expires)
+
     def received(self, *, is_full: bool) -> None:
         """See `Pool.received`."""
         self._set_problem("")
-        self._scaling.received(is_full=is_full, now=self._clock.now())
+        self._scaling.received(is_full=is_full, loops=len(self._loops), now=self._clock.now())
         if is_full and self._mapping.batch.window == 0:  # else it would only spread the messages over more windows
             self._want(is_hot=True)
 

@@ -60,6 +60,10 @@ class Pool(Protocol):
         """May this loop receive (again)? Else it ends."""
         ...
 
+    def took(self, expires: float) -> None:
+        """Messages are held from now on; the visibility of one ends then."""
+        ...
+
     def received(self, *, is_full: bool) -> None:
         """A receive brought messages, as many as were asked for or less."""
         ...
@@ -183,6 +187,7 @@ class ReceiveLoop:
                     self._failures += 1
                     self.phase = Phase.WAITING
                     _log.error("receive_loop_crashed", exc_info=error, **self._names)
+                    self._cut_off()
                     self._turn.end()
                     self._drop(len(self.held))  # they come back when their visibility ends
                     delay = self._queue.context.trouble.delay(self._failures)
@@ -297,6 +302,8 @@ class ReceiveLoop:
         if not self.held:
             self.began = asked
         self._keep(records)
+        if records:
+            self._pool.took(min([record.expires for record in records]))
         self._pool.received(is_full=self.is_hot)
 
     def _keep(self, records: Sequence[Record]) -> None:
@@ -376,13 +383,19 @@ class ReceiveLoop:
     async def _wait_for_turn(self) -> None:
         """Until the function may be called, by its slots, its rate and the circuit."""
         circuit = self._queue.circuit
-        while True:
-            if circuit:
-                await circuit.wait_to_invoke()
+        if circuit is None:
             await self._turn.whole()
-            if circuit is None or circuit.invoke():
-                return
-            self._turn.end()
+            return
+        circuit.hold()
+        try:
+            while True:
+                await circuit.wait_to_invoke()
+                await self._turn.whole()
+                if circuit.invoke():
+                    return
+                self._turn.end()
+        finally:
+            circuit.let_go()
 
     async def _drop_expired(self) -> bool:
         """Let go of what is not ours any more: somebody else may have it by now. True: there was something."""
@@ -440,6 +453,8 @@ class ReceiveLoop:
 
     async def _return(self) -> None:
         """Give back everything that is held."""
+        if self.extension is not None:
+            await self.extension.wait()
         held = list(self.held)
         self._drop(len(held))
         await self._give_back(held)

@@ -62,14 +62,15 @@ class FakeQueue:
         self.trouble()
         assert 1 <= limit <= 10
         assert 0 <= wait <= 20
-        self.receives.append((self.clock.now(), limit, wait))
+        asked = self.clock.now()
+        self.receives.append((asked, limit, wait))
         self.polls += 1
         self.most_polls = max(self.most_polls, self.polls)
         ends = self.clock.now() + wait
         try:
             while True:
                 await asyncio.sleep(0.01)
-                found = self._take(limit, visibility)
+                found = self._take(limit, visibility, asked)
                 if found or self.clock.now() >= ends:
                     return found
                 soonest = min([m.visible_at for m in self.left() if m.visible_at > self.clock.now()], default=ends)
@@ -81,8 +82,9 @@ class FakeQueue:
         finally:
             self.polls -= 1
 
-    def _take(self, limit: int, visibility: float) -> list[Record]:
+    def _take(self, limit: int, visibility: float, asked: float) -> list[Record]:
         now = self.clock.now()
+        expires = max(asked, now - min(1.0, visibility / 4)) + visibility  # as the real source has it
         locked = {m.group for m in self.left() if m.visible_at > now} if self.fifo else set()
         found = []
         for message in self.left():
@@ -95,7 +97,7 @@ class FakeQueue:
             message.visible_at = now + visibility
             message.handle = f"{message.id}/{message.receives}"
             wire = json.dumps({"id": message.id, "body": message.body, "group": message.group}).encode()
-            found.append(Record(message.id, message.group, now, wire, message.handle, now + visibility))
+            found.append(Record(message.id, message.group, now, wire, message.handle, expires))
             if len(found) == limit:
                 break
         return found

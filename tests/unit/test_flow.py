@@ -378,7 +378,7 @@ def test_status_names_the_batch_that_fails_longest() -> None:
 outcomes = st.sampled_from(["ok", "fail", "throttle", "partial", "stop"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     factor=st.integers(1, 4),
     size=st.integers(1, 5),
