@@ -1,4 +1,4 @@
-"""Kinesis and DynamoDB Streams as AWS runs them, for what no emulator does: see `server.FakeAws`."""
+"""Kinesis, DynamoDB Streams and SQS as AWS runs them, for what no emulator does: see `server.FakeAws`."""
 
 from tests.fakes.aws.server import FakeAws
 

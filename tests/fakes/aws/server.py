@@ -12,15 +12,24 @@ Everything that AWS does by itself over hours happens here on demand and at once
     fail_puts {stream, entries}            these entries of the next PutRecords fail
     refuse    {operation, code}            every call is answered with this error; code null: no more
     throttle  {on}                         AWS's limits by load: calls, bytes, readers
+    flake     {operation, share}           this share of the calls, at random, is answered 503 and does nothing
+    truncate  {operation, on}              calls are done and answered 200 with half of the document
+    haunt     {on}                         a poll whose client is gone still takes the next messages, as SQS may
     shards    {stream}                     answers what is there: parents, is_open, held sequence numbers
+    queue     {name, account?, region?, attributes?}      answers its arn
+    send      {queue, bodies, groups?}     answers message ids
+    messages  {queue}                      answers all that ever were there: receives, is_gone, history
+    fail_entries {queue, operation, entries}  these entries of the next such batch call fail
     stats     {}                           answers calls by operation and outcome
 
-Shard and stream are an id and an ARN. A mistake in a command is answered 400 with a sentence.
+Shard is an id; stream and queue are ARNs. A mistake in a command is answered 400 with a sentence.
 """
 
+import asyncio
 import inspect
+import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from email.utils import formatdate
 from types import TracebackType
@@ -30,7 +39,7 @@ from uuid import uuid4
 import msgspec
 from aiohttp import web
 
-from tests.fakes.aws import dynamodb, kinesis
+from tests.fakes.aws import dynamodb, kinesis, sqs
 from tests.fakes.aws.shards import AwsFault, Caller, Service, Stream, encode, required
 
 _MAX_REQUEST_BYTES = 256 * 2**20
@@ -51,7 +60,12 @@ class FakeAws:
         self._kinesis = kinesis.Kinesis(self._now, lambda: self.is_throttling)
         self._dynamodb = dynamodb.DynamoStreams(self._now, lambda: self.is_throttling)
         self._refused: dict[str, str] = {}
-        self._services = {each.service.target: each.service for each in (self._kinesis, self._dynamodb)}
+        self._flaky: dict[str, float] = {}
+        self._truncated: set[str] = set()
+        self._dice = random.Random(1)
+        self._is_haunted = False
+        self._sqs = sqs.Sqs(self._now)
+        self._services = {each.service.target: each.service for each in (self._kinesis, self._dynamodb, self._sqs)}
         self._commands: dict[str, Callable[..., Any]] = {
             "stream": self.stream,
             "put": self.put,
@@ -63,13 +77,21 @@ class FakeAws:
             "fail_puts": self.fail_puts,
             "refuse": self.refuse,
             "throttle": self.throttle,
+            "flake": self.flake,
+            "truncate": self.truncate,
+            "haunt": self.haunt,
+            "queue": self.queue,
+            "send": self.send,
+            "messages": self.messages,
+            "fail_entries": self.fail_entries,
             "shards": self.shards,
             "stats": self.stats,
         }
         app = web.Application(client_max_size=_MAX_REQUEST_BYTES)
         app.router.add_post("/", self._serve)
         app.router.add_post("/_fake/{command}", self._command)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        # Handlers are cancelled, so that a long poll ends with its client.
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
@@ -80,6 +102,7 @@ class FakeAws:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._sqs.close()
         await self._runner.cleanup()
 
     @property
@@ -151,6 +174,62 @@ class FakeAws:
         """Whether limits by load are kept."""
         self.is_throttling = on
 
+    def flake(self, operation: str, share: float) -> None:
+        """So many of the calls, at random, are answered 503 and do nothing; 0: none any more."""
+        self._flaky[operation] = share
+
+    def truncate(self, operation: str, on: bool) -> None:
+        """Whether calls are done and answered with the first half of their document."""
+        (self._truncated.add if on else self._truncated.discard)(operation)
+
+    def haunt(self, on: bool) -> None:
+        """Whether a poll outlives its client, so that what it takes is in flight and in nobody's hands."""
+        self._is_haunted = on
+
+    def queue(
+        self,
+        name: str,
+        account: str = "111122223333",
+        region: str = "eu-west-1",
+        attributes: dict[str, str] | None = None,
+    ) -> str:
+        """A queue; answers its ARN."""
+        return self._sqs.create(Caller(account, region), name, attributes or {}).arn
+
+    def send(self, queue: str, bodies: Sequence[str], groups: Sequence[str] = ()) -> list[str]:
+        """Messages, in order, each with its group if there are groups; answers their ids."""
+        found = self._sqs.queue(queue)
+        return [
+            found.send(body, group, f"{group} {body}" if group else "").id
+            for body, group in zip(bodies, groups or [""] * len(bodies), strict=True)
+        ]
+
+    def messages(self, queue: str) -> list[dict[str, Any]]:
+        """All that ever were in a queue and were not moved away."""
+        return [
+            {
+                "id": one.id,
+                "body": one.body,
+                "group": one.group,
+                "receives": one.receives,
+                "is_gone": one.is_gone,
+                "history": one.history,
+            }
+            for one in self._sqs.queue(queue).messages.values()
+        ]
+
+    def fail_entries(self, queue: str, operation: str, entries: Sequence[int]) -> None:
+        """These entries of the queue's next batch call of that operation fail; may be said for several in advance."""
+        self._sqs.queue(queue).failing.setdefault(operation, deque()).append(frozenset(entries))
+
+    def queue_of(self, arn: str) -> sqs.Queue:
+        """The queue itself, for a test in this process."""
+        return self._sqs.queue(arn)
+
+    def delete_queue(self, arn: str) -> None:
+        """The queue and all that is in it are gone; whoever polls is told so."""
+        self._sqs.delete(arn)
+
     def shards(self, stream: str) -> dict[str, dict[str, Any]]:
         """What has not expired, parents before children: `parents`, `is_open`, `held` sequence numbers."""
         return {
@@ -178,6 +257,8 @@ class FakeAws:
         service = self._services.get(target)
         try:
             answer = self._called(service, operation, request, await request.read())
+            if inspect.isawaitable(answer):
+                answer = await (asyncio.shield(answer) if self._is_haunted else answer)
             status, outcome = 200, "ok"
         except AwsFault as fault:
             status, outcome = fault.status, fault.code
@@ -188,16 +269,21 @@ class FakeAws:
             "Content-Type": service.content_type if service else "application/json",
             "x-amzn-RequestId": str(uuid4()),
         }
+        if service is self._sqs.service and status != 200:
+            side = "Sender" if status < 500 else "Receiver"
+            headers["x-amzn-query-error"] = f"{sqs.QUERY_CODES.get(outcome, outcome)};{side}"
         body = answer if isinstance(answer, bytes) else encode(answer)
+        if operation in self._truncated:
+            body = body[: len(body) // 2]
         return web.Response(status=status, body=body, headers=headers)
 
-    def _called(
-        self, service: Service | None, operation: str, request: web.Request, body: bytes
-    ) -> dict[str, Any] | bytes:
+    def _called(self, service: Service | None, operation: str, request: web.Request, body: bytes) -> Any:
         if service is None or operation not in service.operations:
             raise AwsFault("UnknownOperationException", f"{request.headers.get('X-Amz-Target')} is not known here")
         if code := self._refused.get(operation):
             raise AwsFault(code, f"{operation} is refused")
+        if self._dice.random() < self._flaky.get(operation, 0.0):
+            raise AwsFault("ServiceUnavailable", f"{operation} failed at random", 503)
         call, members = service.operations[operation]
         document = _object(body)
         if unknown := document.keys() - members:

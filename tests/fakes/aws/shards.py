@@ -3,7 +3,7 @@
 import base64
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -28,7 +28,8 @@ class Caller(NamedTuple):
     region: str
 
 
-Operation: TypeAlias = Callable[[Caller, dict[str, Any]], dict[str, Any] | bytes]
+Answer: TypeAlias = dict[str, Any] | bytes
+Operation: TypeAlias = Callable[[Caller, dict[str, Any]], Answer | Awaitable[Answer]]
 
 
 class Service(NamedTuple):
