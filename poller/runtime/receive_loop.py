@@ -248,14 +248,17 @@ class ReceiveLoop:
         policy, circuit, budget = self._mapping.batch, self._queue.circuit, self._queue.context.budget
         calls = 1
         while len(self.held) < policy.size and self._counted < policy.max_bytes and not self._stopped.is_set():
+            left = ends_at - self._clock.now()
+            wait = SHORT_POLL if left >= SHORT_POLL else 0.0
             may_receive = budget.left() > 0 and (circuit is None or circuit.state == "closed")
-            if not may_receive or ends_at - self._clock.now() < SHORT_POLL:
+            # In the last second only what is there already, as long as there is more of it.
+            if left <= 0 or not may_receive or (wait == 0 and not self.is_hot):
                 await wait_until(self._stopped, self._clock, ends_at)
                 return
             room = policy.size - len(self.held)
             calls = min(2 * calls if self.is_hot else 1, _MOST_CALLS, -(-room // _MESSAGES_PER_RECEIVE))
             try:
-                await self._receive(room, SHORT_POLL, calls)
+                await self._receive(room, wait, calls)
             except PollerError as error:
                 self._pool.trouble(error)
                 await self._sleep(SHORT_POLL)

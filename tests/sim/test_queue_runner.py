@@ -582,6 +582,19 @@ def test_a_window_gathers_and_ends_on_time() -> None:
     run(main)
 
 
+def test_the_shortest_window_fills_a_batch_from_a_backlog() -> None:
+    """One second is too short for a poll that waits, not for taking what is there."""
+
+    async def main():
+        setup = Setup(Target(seconds=0.1), size=100, window=1.0, max_concurrency=1)
+        setup.queue.send(*map(str, range(1000)))
+        await setup.run_for(5)
+        assert [len(ids) for ids in setup.target.ids()] == [100] * 10
+        assert not setup.queue.left()
+
+    run(main)
+
+
 def test_receives_ask_for_enough_visibility_for_a_window() -> None:
     """Window plus timeout beyond the queue's own: window + timeout + 30 s is asked for."""
 
