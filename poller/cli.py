@@ -8,6 +8,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from poller import __version__
@@ -22,7 +23,6 @@ _NOT_YET = {
     "resume": "resume a paused mapping",
     "seek": "move a mapping of a running daemon to another position",
     "import": "print config mappings from an AWS account or a template",
-    "filter": "test a filter pattern against an event",
     "redrive": "invoke again with what a failure destination holds",
 }
 
@@ -71,18 +71,49 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes (this version: 1)")
     validate = add("validate", "check the config file and print the resolved mappings", _validate)
     add_config(validate)
-    validate.add_argument("--connect", action="store_true", help="also reach every source, target and the store")
+    validate.add_argument("--connect", action="store_true", help="also reach all that it names")
     demo = add("demo", "show the main job on an embedded local AWS (needs esm-poller[demo])", _demo)
     demo.add_argument("--duration", type=_seconds, metavar="N", help="end by itself after N seconds")
     status = add("status", "show the mappings and shards of a running daemon", _status)
     status.add_argument("--url", default=_DEFAULT_URL, help=f"of the daemon (default: {_DEFAULT_URL})")
     status.add_argument("--json", action="store_true", help="print what /api/status answers")
+    _add_filter(verbs)
     add("schema", "print the JSON Schema of the config file, for editors", _schema)
     for name, text in _NOT_YET.items():
         made = add(name, f"{text} (not in this version yet)", _refuse)
         made.set_defaults(name=name)
         made.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
+
+
+_FILTER_TEST = """\
+Does this filter pattern match this event, and which leaf decided. Each deciding leaf is shown with its path, the value
+that the event has there (or "absent") and the rule. Of a match these are all leaves that took part, else those that
+prevented it.
+
+PATTERN is the text of a pattern, or @FILE with it; FilterCriteria, {"Filters": [{"Pattern": "..."}]}, works too.
+EVENT is a file, or - for standard input, with one of
+  a Lambda event       {"Records": [...]}: each record is judged
+  one of its records   opened as a mapping does it, by its eventSource: the body of aws:sqs and the data of aws:kinesis
+                       are parsed, what is in kinesis is at the top level
+  any other JSON       matched as it is
+"""
+_FILTER_EXITS = "Exit code: 0 a match (at least one record), 1 no match, 2 the pattern is bad or EVENT cannot be read."
+
+
+def _add_filter(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "test a filter pattern against an event"
+    made = verbs.add_parser("filter", help=text, description=text[0].upper() + text[1:] + ".")
+    test = made.add_subparsers(metavar="VERB", required=True).add_parser(
+        "test",
+        help="does a pattern match an event, and which leaf decided",
+        description=_FILTER_TEST,
+        epilog=_FILTER_EXITS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    test.set_defaults(verb=_filter_test)
+    test.add_argument("pattern", metavar="PATTERN", help="a pattern, or @FILE")
+    test.add_argument("event", metavar="EVENT", help="a file, or - for standard input")
 
 
 def _workers(text: str) -> int:
@@ -121,7 +152,7 @@ def _validate(given: argparse.Namespace) -> int:
         found = asyncio.run(check_connections(settings))
         if found:
             raise ConfigError(found)
-        print("\nevery source, target and the store can be reached")
+        print("\nevery source, target, destination and the store can be reached")
     return OK
 
 
@@ -130,6 +161,28 @@ def _schema(_: argparse.Namespace) -> int:
 
     print(json.dumps(config_schema(), indent=2))
     return OK
+
+
+def _filter_test(given: argparse.Namespace) -> int:
+    from poller.filtertest import judge
+
+    pattern = given.pattern
+    if pattern.startswith("@"):
+        pattern = _read("PATTERN", pattern[1:])
+    matched, lines = judge(pattern, _read("EVENT", given.event))
+    print("\n".join(lines))
+    return OK if matched else FATAL
+
+
+def _read(what: str, path: str) -> str:
+    """The text of a file, or of standard input for `-`."""
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError([f"{what}: cannot read {path}: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"{what}: {path} is not UTF-8 text"]) from None
 
 
 def _demo(given: argparse.Namespace) -> int:

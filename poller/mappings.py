@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 from uuid import UUID, uuid5
 
 from poller.clock import wall_clock
+from poller.core.filters import INVALID_PATTERN, MAX_PATTERN_CHARACTERS, MAX_PATTERNS, Filter, PatternError
 from poller.core.model import (
     MAX_PAYLOAD_BYTES,
     NO_LIMIT,
     TRIM_HORIZON,
     BatchPolicy,
+    FailureDestination,
     FunctionSpec,
     MappingId,
     Position,
@@ -141,6 +143,7 @@ FUNCTION_NAME = Text(
     re.sub(r"\?P<\w+>", "", _FUNCTION.pattern),
     _function_name,
 )
+_PATTERN = Text("a JSON pattern as text", most=MAX_PATTERN_CHARACTERS)
 _DESTINATION_OBJECT = Object((Field("Destination", Text("an ARN or URL", most=350), "Where to send."),))
 
 FIELDS: tuple[MappingField, ...] = (
@@ -244,8 +247,8 @@ FIELDS: tuple[MappingField, ...] = (
                 Field(
                     "Filters",
                     ListOf(
-                        Object((Field("Pattern", Text("a JSON pattern as text", most=4096), "The pattern."),)),
-                        most=10,
+                        Object((Field("Pattern", _PATTERN, "An EventBridge event pattern."),)),
+                        most=MAX_PATTERNS,
                     ),
                     "A record that matches any of them is delivered.",
                 ),
@@ -325,12 +328,7 @@ _OTHER_SOURCES = frozenset(
 _DESTINATION_PATH = "DestinationConfig.OnFailure.Destination"
 
 # What later versions bring: refused where it is neither false nor empty. Taking a line out allows the feature.
-_NOT_YET = (
-    ("FilterCriteria.Filters", "event filtering"),
-    (_DESTINATION_PATH, "a failure destination"),
-    ("Options.IncludePayload", "payloads in failure records"),
-    ("Options.AssumeRoleArn", "a role for reading the source"),
-)
+_NOT_YET = (("Options.AssumeRoleArn", "a role for reading the source"),)
 NOT_YET = "is not supported by this version of esm-poller yet"
 
 
@@ -564,10 +562,30 @@ def _check_common(document: Mapping[str, Any], source: SourceSpec) -> Iterator[P
         yield Problem(
             "KMSKeyArn", _INVALID, message, "take it out", "is not supported: filter criteria are not encrypted"
         )
+    if source.kind is SourceKind.SQS and document.get("Options", {}).get("IncludePayload"):
+        hint = "take it out; a queue has its redrive policy"
+        yield Problem(
+            "Options.IncludePayload", _INVALID, "Options.IncludePayload is only for streams with a destination.", hint
+        )
+    for index, item in enumerate(document.get("FilterCriteria", {}).get("Filters", ())):
+        yield from _check_pattern(item.get("Pattern"), f"FilterCriteria.Filters[{index}].Pattern", source)
     parts = _FUNCTION.fullmatch(document.get("FunctionName", ""))
     if parts and parts["region"] and parts["region"] != source.region:
         message = "The function and the event source must be in the same Region."
         yield Problem("FunctionName", _INVALID, message, "give a function of the source's Region")
+
+
+def _check_pattern(pattern: str | None, path: str, source: SourceSpec) -> Iterator[Problem]:
+    """AWS answers the same to every bad pattern; people are told where in it and why."""
+    if pattern is None:
+        yield Problem(path, _INVALID, INVALID_PATTERN, f"give {_PATTERN.means}", "is missing")
+        return
+    try:
+        Filter([pattern], source.kind)
+    except PatternError as error:
+        reason, _, hint = error.reason.partition("; ")
+        place = f"at {error.place}: " if error.place else ""
+        yield Problem(path, _INVALID, INVALID_PATTERN, hint, f"is not a filter pattern: {place}{reason}")
 
 
 _SOURCE_NAMES = {
@@ -788,6 +806,8 @@ def build(
         start=_start(document),
         enabled=document["Enabled"],
         queue=_queue(document),
+        filters=tuple(item["Pattern"] for item in document.get("FilterCriteria", {}).get("Filters", ())),
+        destination=_failure_destination(document),
         declared_in=declared_in,
     )
 
@@ -808,6 +828,13 @@ def _queue(document: Mapping[str, Any]) -> QueuePolicy:
         growth=float(options.get("ScaleUpPerMinute", default.growth)),
         circuit_breaker=options.get("CircuitBreaker", default.circuit_breaker),
     )
+
+
+def _failure_destination(document: Mapping[str, Any]) -> FailureDestination | None:
+    target = _destination(document.get("DestinationConfig", {}))
+    if not target:
+        return None
+    return FailureDestination(target, document.get("Options", {}).get("IncludePayload", False))
 
 
 def _start(document: Mapping[str, Any]) -> Position:

@@ -69,7 +69,7 @@ class _Lane:
     `batch` holds the records that were taken and are not settled; empty when there are none. It is the oldest of the
     lane, so its first record is the lane's head. `is_final`: instead of a batch, the final invocation of a tumbling
     window was taken and is not settled. `attempts` spent of the retry budget, `tries` at exactly this batch.
-    `out` is true while the caller has the work in hand.
+    `out` is true while the caller has the work in hand; `is_unheard`: it is a discard whose notice was not taken.
     """
 
     __slots__ = (
@@ -78,6 +78,7 @@ class _Lane:
         "error",
         "failing_since",
         "is_final",
+        "is_unheard",
         "nbytes",
         "not_before",
         "out",
@@ -96,6 +97,7 @@ class _Lane:
         self.tries = 0
         self.not_before = -inf
         self.out = False
+        self.is_unheard = False
         self.failing_since: float | None = None
         self.error = ""
 
@@ -337,19 +339,21 @@ class ShardFlow:
             lane.batch = self._dequeue(lane, expired or self._batch_length(lane))
         else:
             expired = self._expired(lane.batch, now)
+        window = self._window.describe(is_final=False) if self._window and self._window.start is not None else None
         if expired:
-            return Discard(index, lane.batch[:expired], DiscardReason.AGE, lane.attempts)
+            return Discard(index, lane.batch[:expired], DiscardReason.AGE, lane.attempts, window)
         if self._is_exhausted(lane):
-            return Discard(index, lane.batch, DiscardReason.RETRIES, lane.attempts)
+            return Discard(index, lane.batch, DiscardReason.RETRIES, lane.attempts, window)
         lane.tries += 1
-        return Batch(index, lane.batch, lane.tries, self._window.describe(is_final=False) if self._window else None)
+        return Batch(index, lane.batch, lane.tries, window)
 
     def _take_final(self, index: int, lane: _Lane) -> Work:
         assert self._window is not None
+        window = self._window.describe(is_final=True)
         if self._is_exhausted(lane):
-            return Discard(index, (), DiscardReason.RETRIES, lane.attempts)
+            return Discard(index, (), DiscardReason.RETRIES, lane.attempts, window)
         lane.tries += 1
-        return Batch(index, (), lane.tries, self._window.describe(is_final=True))
+        return Batch(index, (), lane.tries, window)
 
     def _expired(self, records: Iterable[Record], now: float) -> int:
         """Length of the prefix that is older than MaximumRecordAgeInSeconds; later old records are not dropped."""
@@ -415,13 +419,19 @@ class ShardFlow:
         if lane.failing_since is None:
             lane.failing_since = now
 
+    def hold(self, discard: Discard, error: str, now: float, retry_at: float) -> None:
+        """A discard could not be notified: its lane waits with it, and shows why."""
+        lane = self._lanes[discard.lane]
+        lane.is_unheard = True
+        self._fail(lane, error, now, retry_at - now)
+
     def confirm(self, discard: Discard, now: float) -> None:
         """A discard was notified, or has nowhere to go: its records are settled.
 
         After an expired prefix the rest is another batch, but its spent attempts stay spent (semantics 6.6).
         """
         lane = self._lanes[discard.lane]
-        lane.out = False
+        lane.out = lane.is_unheard = False
         if lane.is_final:
             self._finish_window(lane, now)
             return
@@ -512,5 +522,5 @@ class ShardFlow:
             first_sequence=worst.batch[0].id if worst.batch else None,
             last_sequence=worst.batch[-1].id if worst.batch else None,
             error=worst.error,
-            next_attempt=None if worst.out else worst.not_before,
+            next_attempt=None if worst.out and not worst.is_unheard else worst.not_before,
         )

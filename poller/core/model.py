@@ -188,9 +188,18 @@ class QueuePolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class FailureDestination:
+    """`DestinationConfig.OnFailure`: an ARN or URL, and `Options.IncludePayload`."""
+
+    target: str
+    include_payload: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Mapping:
     """One configured pipe. Equal mappings run the same way, so a reload compares them.
 
+    `filters`: the pattern texts of FilterCriteria; a record that matches any is delivered, all are when there is none.
     `declared_in`: the config file that declares it, or None when it was made through the API.
     """
 
@@ -202,6 +211,8 @@ class Mapping:
     start: Position
     enabled: bool = True
     queue: QueuePolicy = QueuePolicy()
+    filters: tuple[str, ...] = ()
+    destination: FailureDestination | None = None
     declared_in: str | None = None
 
 
@@ -235,16 +246,47 @@ class DiscardReason(StrEnum):
 
 class Discard(NamedTuple):
     """Work: records that are given up, none for a tumbling window whose final invocation is. `attempts`: invocations
-    that counted; a failure record shows at least 1.
+    that counted; a failure record shows at least 1. `window`: as the last invocation had it.
     """
 
     lane: int
     records: tuple[Record, ...]
     reason: DiscardReason
     attempts: int
+    window: Window | None = None
 
 
 Work: TypeAlias = Batch | Discard
+
+
+class ResponseContext(NamedTuple):
+    """What the function answered last, as a failure record shows it. `function_error`: Unhandled, or None when it
+    answered but named failures or gave a malformed list.
+    """
+
+    status_code: int
+    executed_version: str
+    function_error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A discarded batch, for its failure destination.
+
+    `request_id`: of its last invocation, a new one without any. `attempts`: invocations that counted, at least 1.
+    `response`: None without an answer, and for RecordAgeExceeded. `at`: when it was given up. `window`: the tumbling
+    window whose invocation failed; its final one has no records.
+    """
+
+    mapping: Mapping
+    shard: ShardId
+    records: tuple[Record, ...]
+    reason: DiscardReason
+    attempts: int
+    request_id: str
+    at: float
+    response: ResponseContext | None = None
+    window: Window | None = None
 
 
 class Invocation(NamedTuple):

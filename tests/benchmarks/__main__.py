@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import filters
 from tests.benchmarks.run import (
     BenchmarkError,
     Cpus,
@@ -167,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--idle", type=int, nargs="?", const=1_000, metavar="SHARDS", help="idle cost and memory instead"
     )
     parser.add_argument("--latency", action="store_true", help="queue to target instead")
+    parser.add_argument("--filters", action="store_true", help="what five filters cost instead")
     options = parser.parse_args(arguments)
     clients = options.clients.split(",")
     if unknown := set(clients) - set(CLIENTS):
@@ -186,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 result["idle"] = _idle(parsed, options, stub, cpus)
             if options.latency:
                 result["latency"] = _latency(parsed, options, stub, cpus)
-            if not options.idle and not options.latency:
+            if options.filters:
+                result["filters"] = filters.measure(options.rounds)
+            if not options.idle and not options.latency and not options.filters:
                 result["throughput"] = _throughput(clients, options, stub, cpus)
     except BenchmarkError as error:
         print(f"\n{error}", file=sys.stderr)

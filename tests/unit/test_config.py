@@ -430,8 +430,10 @@ def test_one_mistake(mistakes, text, mistake):
         ("limits: {shard_series: 5}", "limits.shard_series"),
         ("log: {payloads: true}", "log.payloads"),
         ("log: {payloads: '${UNSET:-on}'}", "log.payloads"),
-        (mapping("Options: {IncludePayload: true}"), "event_source_mappings[0].Options.IncludePayload"),
-        (mapping("FilterCriteria: {Filters: [{Pattern: '{}'}]}"), "event_source_mappings[0].FilterCriteria.Filters"),
+        (
+            mapping("Options: {AssumeRoleArn: 'arn:aws:iam::123456789012:role/reader'}"),
+            "event_source_mappings[0].Options.AssumeRoleArn",
+        ),
     ],
 )
 def test_features_to_come_are_refused(mistakes, monkeypatch, text, path):
@@ -662,7 +664,7 @@ sections = st.lists(st.tuples(keys, yaml_texts), min_size=1, max_size=8).map(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(sections | yaml_texts | st.text() | st.binary())
 def test_nothing_but_a_config_error_is_raised(load, text):
     """Whatever the file holds, the answer is settings or mistakes with a line each."""
@@ -750,7 +752,7 @@ def damaged(draw):
     return json.dumps(tree)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=300)
 @given(damaged())
 def test_a_damaged_file_raises_nothing_but_a_config_error(load, text):
     """A file that is almost right gets past the first checks, and still only settings or mistakes come out."""

@@ -281,7 +281,7 @@ def test_nested_paths_are_camel_case_in_the_message():
     assert problem.message.startswith(
         constraint("'201'", "provisionedPollerConfig.minimumPollers", "Member must have value less than")
     )
-    problem = only(stream(FilterCriteria={"Filters": [{"Pattern": "{}"}, {"Pattern": "x" * 4097}]}))
+    problem = only(stream(FilterCriteria={"Filters": [{"Pattern": '{"a":[1]}'}, {"Pattern": "x" * 4097}]}))
     assert problem.path == "FilterCriteria.Filters[1].Pattern"
     assert "at 'filterCriteria.filters.2.member.pattern'" in problem.message
     assert problem.message.endswith("Member must have length less than or equal to 4096")
@@ -345,9 +345,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("document", "path"),
     [
-        (stream(FilterCriteria={"Filters": [{"Pattern": "{}"}]}), "FilterCriteria.Filters"),
-        (stream(DestinationConfig={"OnFailure": {"Destination": SQS}}), "DestinationConfig.OnFailure.Destination"),
-        (stream(Options={"IncludePayload": True}), "Options.IncludePayload"),
+        (stream(Options={"AssumeRoleArn": ROLE}), "Options.AssumeRoleArn"),
         (queue(Options={"CircuitBreaker": True, "AssumeRoleArn": ROLE}), "Options.AssumeRoleArn"),
     ],
 )
@@ -379,12 +377,68 @@ def test_kms_key_is_refused():
 
 def test_tumbling_windows_exclude_lanes_and_filters():
     """semantics.md 1.3, both rules at once."""
-    criteria = {"Filters": [{"Pattern": "{}"}]}
+    criteria = {"Filters": [{"Pattern": '{"data":{"a":[1]}}'}]}
     found = problems(stream(TumblingWindowInSeconds=5, ParallelizationFactor=2, FilterCriteria=criteria))
-    assert [problem.message for problem in found[:2]] == [
+    assert [problem.message for problem in found] == [
         "TumblingWindowInSeconds cannot be used with a ParallelizationFactor above 1",
         "TumblingWindowInSeconds cannot be used with FilterCriteria",
     ]
+
+
+def filtered(document, *patterns):
+    return {**document, "FilterCriteria": {"Filters": [{"Pattern": pattern} for pattern in patterns]}}
+
+
+@pytest.mark.parametrize(
+    "pattern", [None, "simple string", "[", '{"eventSource": "aws:sqs"}', '{"eventSource": []}', "{}", '{"a": {}}']
+)
+def test_a_bad_filter_pattern_is_refused_with_aws_text(pattern):
+    """semantics.md 1.4, the recorded cases and empty objects; create and update."""
+    problem = only(filtered(queue(), pattern))
+    assert (problem.path, problem.code) == ("FilterCriteria.Filters[0].Pattern", INVALID)
+    assert problem.message == "Invalid filter pattern definition."
+    (problem,) = check_update(normalize(queue()), filtered({}, pattern))
+    assert problem.message == "Invalid filter pattern definition."
+
+
+def test_every_bad_pattern_is_named_with_its_place_and_the_reason():
+    """For people: which filter, where in its pattern, what is wrong, what would be right; all filters at once."""
+    good, unknown, broken = '{"body": {"a": [1]}}', '{"body": {"a": [1, {"Prefix": "x"}]}}', '{"body": [1}'
+    found = problems(filtered(queue(), good, unknown, broken, '{"x": [1], "x": [2]}'))
+    assert [(problem.path[-10:], problem.said, problem.hint) for problem in found] == [
+        ("1].Pattern", 'is not a filter pattern: at body.a[1]: "Prefix" is no operator here', 'did you mean "prefix"?'),
+        (
+            "2].Pattern",
+            "is not a filter pattern: at character 12: the pattern is not JSON: Expecting ',' delimiter",
+            "",
+        ),
+        (
+            "3].Pattern",
+            "is not a filter pattern: at x: the key stands twice in one object, and only the last would count",
+            "merge the two",
+        ),
+    ]
+
+
+def test_a_pattern_is_checked_for_its_source():
+    """semantics.md 9.4: text patterns for `data` and `dynamodb` are an error; for `body` they are not."""
+    assert "always matched as JSON" in only(filtered(stream(), '{"data": ["text"]}')).said
+    assert "always matched as JSON" in only(filtered(stream(EventSourceArn=DYNAMODB), '{"dynamodb": ["x"]}')).said
+    assert not problems(filtered(queue(), '{"body": ["text"]}'))
+
+
+def test_filters_are_echoed_and_run():
+    """Up to ten, in their order; the API shows them as they were given, cleared ones not at all."""
+    patterns = [f'{{"body":\n[{number}]}}' for number in range(10)]
+    document = normalize(filtered(queue(), *patterns))
+    assert document["FilterCriteria"] == {"Filters": [{"Pattern": pattern} for pattern in patterns]}
+    assert build(UUID, document, FunctionSpec("f", FUNCTION_ARN, "r"), None).filters == tuple(patterns)
+    assert (
+        describe(document, UUID, FUNCTION_ARN, "Enabled", "", 0.0, None)["FilterCriteria"] == document["FilterCriteria"]
+    )
+    assert build(UUID, normalize(queue()), FunctionSpec("f", FUNCTION_ARN, "r"), None).filters == ()
+    assert only(filtered(queue(), *patterns, "{}")).message.endswith("Member must have length less than or equal to 10")
+    assert "FilterCriteria" not in merge_update(document, {"FilterCriteria": {"Filters": []}})
 
 
 def test_provisioned_mode_excludes_maximum_concurrency():

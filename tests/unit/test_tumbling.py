@@ -142,7 +142,7 @@ def test_a_failing_final_suspends_the_shard() -> None:
     assert (again.window, again.attempt) == (final.window, 2)
     flow.resolve(again, Failed("no"), 101)
     discard = flow.take(0, 101)
-    assert discard == Discard(0, (), DiscardReason.RETRIES, 2)
+    assert discard == Discard(0, (), DiscardReason.RETRIES, 2, final.window)
     flow.confirm(discard, 101)
     assert ids(flow.take(0, 101)) == [2]
 
