@@ -58,6 +58,14 @@ class StoreIncompatible(PollerError):  # noqa: N818
     """The store was written by a version this one cannot read. Names both versions."""
 
 
+class DestinationFailed(PollerError):  # noqa: N818
+    """A failure destination did not take a record: try again, after `retry_after` seconds if it said so."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class ApiError(PollerError):
     """A mapping operation is refused: `code` is AWS's error code, `status` the HTTP status, the message AWS's text."""
 

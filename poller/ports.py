@@ -12,6 +12,7 @@ from poller.core.model import (
     Listing,
     MappingId,
     MappingStatus,
+    Notice,
     Position,
     Record,
     Reply,
@@ -70,7 +71,7 @@ class QueueSource(Protocol):
     async def receive(self, limit: int, wait: float, visibility: float) -> Sequence[Record]:
         """At most 10 messages after at most `wait` (0 to 20) seconds, invisible to others for `visibility` seconds.
 
-        `Record.expires` is counted from before the call was sent, so it is never too late. Errors as above.
+        `Record.expires` allows for the time that the answer was on its way. Errors as above.
         """
         ...
 
@@ -101,6 +102,31 @@ class Target(Protocol):
 
     async def check(self) -> str | None:
         """Can it be reached with these credentials, without running it? None, or the reason why not."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections; its calls must have ended."""
+        ...
+
+
+class Destination(Protocol):
+    """Where discarded batches are reported. Shared by the mappings that name it; many lanes may call it at once."""
+
+    limit: int | None
+    """Longest body in bytes; None: it takes the form with payload, whatever its length (S3, HTTP, files).
+
+    Look at it before each try: it falls when a queue says that it takes less.
+    """
+
+    async def send(self, notice: Notice, body: bytes) -> None:
+        """Hand over one failure record and return when it is safe there. DestinationFailed: why it is not.
+
+        A repeat after an answer that was lost is a duplicate there; nothing is ever lost.
+        """
+        ...
+
+    async def check(self) -> str | None:
+        """Can it be reached with these credentials, without writing to it? None, or the reason why not."""
         ...
 
     async def close(self) -> None:
@@ -150,6 +176,10 @@ class CheckpointStore(Protocol):
         """Every document whose key starts with the prefix."""
         ...
 
+    async def prune_documents(self, prefix: str, keep: int) -> None:
+        """Delete all but the last `keep` documents, in the order of their keys, whose key starts with the prefix."""
+        ...
+
     async def close(self) -> None:
         """Finish what was asked, close."""
         ...
@@ -176,6 +206,10 @@ class MappingObserver(Protocol):
 
     def dropped(self, events: int) -> None:
         """Records discarded without a failure destination having them."""
+        ...
+
+    def reported(self, outcome: str, events: int) -> None:
+        """One request to the failure destination: outcome success or error; on success `events` have arrived there."""
         ...
 
     def deleted(self, events: int) -> None:

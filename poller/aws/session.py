@@ -114,15 +114,13 @@ class AwsClients:
         self._config = AioConfig(
             connect_timeout=5,
             read_timeout=20,
-            # One quick repeat for a hiccup; every loop of ours backs off by itself.
-            retries={"mode": "standard", "total_max_attempts": 2},
             max_pool_connections=_COLD_CONNECTIONS,
             tcp_keepalive=True,
             user_agent=f"esm-poller/{__version__}",
         )
         self._stack = AsyncExitStack()
         self._lock = asyncio.Lock()
-        self._clients: dict[tuple[str, str], Any] = {}
+        self._clients: dict[tuple[str, str, int], Any] = {}
         self._lean: dict[tuple[str, str], LeanClient] = {}
         self._http: aiohttp.ClientSession | None = None
 
@@ -170,13 +168,14 @@ class AwsClients:
         """Where the daemon's signing keys come from; for signed requests to what is not an AWS endpoint."""
         return self._credentials
 
-    async def client(self, service: str, region: str) -> Any:
+    async def client(self, service: str, region: str, attempts: int = 2) -> Any:
         """The aiobotocore client for cold calls. Its errors are botocore's; `poller.aws.errors.translated` reads them.
 
-        SourceUnavailable, AccessDenied: there are no credentials to make it with.
+        `attempts`: 2 has one quick repeat for a hiccup, 1 is for what should not be done twice; every loop of ours
+        backs off by itself. SourceUnavailable, AccessDenied: there are no credentials to make it with.
         """
         await self._credentials.renew()
-        key = (service, region)
+        key = (service, region, attempts)
         async with self._lock:
             if key not in self._clients:
                 try:
@@ -185,7 +184,9 @@ class AwsClients:
                             service,
                             region_name=region,
                             endpoint_url=self._settings.endpoint(service),
-                            config=self._config,
+                            config=self._config.merge(
+                                AioConfig(retries={"mode": "standard", "total_max_attempts": attempts})
+                            ),
                         )
                     )
                 except Exception as error:  # noqa: BLE001  # it loads credentials too, see `frozen`

@@ -10,9 +10,10 @@ import structlog
 
 from poller.aws.errors import ErrorTable, translate, translated
 from poller.aws.lean import AwsError, LeanClient, parse
+from poller.aws.queues import queue_url
 from poller.aws.session import COLD_TIMEOUT, AwsClients
 from poller.core.model import Record, SourceSpec
-from poller.errors import AccessDenied, PollerError, SourceThrottled, SourceUnavailable
+from poller.errors import PollerError, SourceThrottled, SourceUnavailable
 from poller.ports import Clock
 
 RECEIVE_LIMIT = 10  # messages of one ReceiveMessage, and of one batch call
@@ -259,20 +260,8 @@ class SqsSource:
 
     async def _queue_url(self) -> str:
         if self._url is None:
-            client = await self._clients.client("sqs", self._spec.region)
-            try:
-                with translated("GetQueueUrl", _ERRORS):
-                    async with asyncio.timeout(COLD_TIMEOUT):
-                        answer = await client.get_queue_url(
-                            QueueName=self._spec.name, QueueOwnerAWSAccountId=self._spec.account
-                        )
-            except AccessDenied:
-                # AWS's own role for SQS mappings has no sqs:GetQueueUrl; the URL's form is fixed.
-                self._url = f"{client.meta.endpoint_url.rstrip('/')}/{self._spec.account}/{self._spec.name}"
-            else:
-                if not (url := answer.get("QueueUrl")):
-                    raise SourceUnavailable("GetQueueUrl: the answer has no QueueUrl")
-                self._url = str(url)
+            spec = self._spec
+            self._url = await queue_url(self._clients, spec.region, spec.account, spec.name)
         return self._url
 
     async def _lean(self) -> LeanClient:
