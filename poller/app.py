@@ -18,8 +18,10 @@ from poller.aws.session import AwsClients
 from poller.clock import SystemClock, system_random
 from poller.config import load
 from poller.control import ControlPlane
+from poller.core.filters import compile_filter
 from poller.core.model import Mapping, MappingId, SourceKind
 from poller.core.retry import Backoff
+from poller.destinations import Destinations
 from poller.errors import ConfigError, PollerError
 from poller.mappings import build, parse_source, resolve_function
 from poller.ports import Clock, QueueSource, StreamSource, Target
@@ -55,6 +57,7 @@ class Connections:
         self._clock = clock
         self._metrics = metrics
         self._sources = Sources(clients, clock)
+        self._destinations = Destinations(clients)
         self._functions: dict[tuple[FunctionSettings, str], _Shared] = {}
         self._gates: dict[tuple[str, int | None, float | None], Gate] = {}
 
@@ -62,6 +65,9 @@ class Connections:
         """The pipe of a mapping. ConfigError when its target's files (CA, certificate) cannot be read."""
         mapping, settings = wanted.mapping, wanted.revision
         assert isinstance(settings, HttpFunction | LambdaFunction)
+        reported_to = mapping.destination
+        destination = self._destinations.open(reported_to.target, mapping.source.region) if reported_to else None
+        wanted_records = compile_filter(mapping.filters, mapping.source.kind)
         key = (settings, mapping.source.region)
         shared = self._functions.get(key)
         if shared is None:
@@ -85,6 +91,8 @@ class Connections:
             traits=traits(mapping.source),
             open_stream=open_stream,
             open_queue=open_queue,
+            matches=wanted_records.matches if wanted_records else None,
+            destination=destination,
         )
 
     def _gate(self, settings: FunctionSettings, target: Target) -> Gate:
@@ -113,7 +121,8 @@ class Connections:
         self._metrics.forget(mapping)
 
     async def close(self) -> None:
-        """Close what is left, after a stop that was cut short."""
+        """Close what is left: destinations, and targets after a stop that was cut short."""
+        await self._destinations.close()
         for shared in self._functions.values():
             await shared.target.close()
         self._functions.clear()
@@ -235,7 +244,7 @@ _FIXED = ("aws", "store", "server", "retry", "limits", "checkpoint_interval", "s
 
 
 async def check_connections(settings: Settings) -> list[str]:
-    """What `validate --connect` finds: a sentence for each source, target and store that cannot be reached."""
+    """What `validate --connect` finds: a sentence for each source, target, destination and store out of reach."""
     clock = SystemClock(asyncio.get_running_loop())
     found: list[str] = []
     async with AwsClients(settings.aws) as clients:
@@ -252,6 +261,8 @@ async def check_connections(settings: Settings) -> list[str]:
                 await _reach(sources, mapping)
             except PollerError as error:
                 found.append(f"{place}: EventSourceArn: {error}")
+            if mapping.destination and (reason := await _check_destination(clients, mapping)):
+                found.append(f"{place}: DestinationConfig: {reason}")
             if (function, source.region) in checked:
                 continue
             checked.add((function, source.region))
@@ -267,6 +278,17 @@ async def check_connections(settings: Settings) -> list[str]:
             if reason is not None:
                 found.append(f"{place}: FunctionName {spec.name}: {reason}")
     return found
+
+
+async def _check_destination(clients: AwsClients, mapping: Mapping) -> str | None:
+    assert mapping.destination is not None
+    destinations = Destinations(clients)
+    try:
+        return await destinations.open(mapping.destination.target, mapping.source.region).check()
+    except PollerError as error:
+        return str(error)
+    finally:
+        await destinations.close()
 
 
 async def _check_store(path: str, metrics: Metrics) -> str | None:

@@ -167,6 +167,7 @@ _READS = {  # operation -> outcomes that show as 0 from the start; others appear
 }
 _STORE_OPERATIONS = (
     "create", "load", "acquire", "save", "release", "forget", "put_document", "delete_document", "documents",
+    "prune_documents",
 )  # fmt: skip
 _INVOCATION_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
@@ -304,6 +305,13 @@ class _MappingFamilies:
         self.invoked = counter("poller_invoked_events_total", "Events sent to the function, again for each retry.")
         self.failed = counter("poller_failed_invoke_events_total", "Events of invocations that did not succeed.")
         self.dropped = counter("poller_dropped_events_total", "Events given up that no failure destination has.")
+        self.reported = counter(
+            "poller_on_failure_destination_delivered_events_total",
+            "Events given up whose failure record was delivered.",
+        )
+        self.reports = counter(
+            "poller_destination_requests_total", "Requests to the failure destination.", "outcome"
+        )  # fmt: skip
         self.deleted = counter("poller_deleted_events_total", "Messages deleted from the queue.")
         self.invocations = counter("poller_invocations_total", "Invocations by outcome.", "outcome")
         self.duration = histogram("poller_invocation_duration_seconds", "Time of an invocation.", _INVOCATION_SECONDS)
@@ -330,6 +338,8 @@ class _MappingSeries:
         self._invoked = self._child(families.invoked)
         self._failed = self._child(families.failed)
         self._dropped = self._child(families.dropped)
+        self._reported = self._child(families.reported)
+        self._reports = {outcome: self._child(families.reports, outcome) for outcome in ("success", "error")}
         self._deleted = self._child(families.deleted)
         self._duration = self._child(families.duration)
         self._concurrent = self._child(families.concurrent)
@@ -379,6 +389,11 @@ class _MappingSeries:
 
     def dropped(self, events: int) -> None:
         _add(self._dropped, events)
+
+    def reported(self, outcome: str, events: int) -> None:
+        self._reports[outcome].inc()
+        if outcome == "success":
+            _add(self._reported, events)
 
     def deleted(self, events: int) -> None:
         _add(self._deleted, events)

@@ -4,9 +4,9 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from poller.core.model import Mapping, StreamTraits
+from poller.core.model import Mapping, Record, StreamTraits
 from poller.core.retry import Backoff
-from poller.ports import CheckpointStore, Clock, MappingObserver, QueueSource, StreamSource, Target
+from poller.ports import CheckpointStore, Clock, Destination, MappingObserver, QueueSource, StreamSource, Target
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.gate import ByteBudget, Gate
 
@@ -41,7 +41,10 @@ class LastResult:
 
 @dataclass(frozen=True, slots=True)
 class Pipe:
-    """One mapping with what it is connected to. The sources are opened anew at each start of the mapping."""
+    """One mapping with what it is connected to. The sources are opened anew at each start of the mapping.
+
+    `matches`: is a record to be delivered? None: all are. `destination` None: discarded batches are dropped.
+    """
 
     mapping: Mapping
     result: LastResult
@@ -51,3 +54,5 @@ class Pipe:
     traits: StreamTraits | None
     open_stream: Callable[[], Awaitable[StreamSource]]
     open_queue: Callable[[], Awaitable[QueueSource]]
+    matches: Callable[[Record], bool] | None = None
+    destination: Destination | None = None

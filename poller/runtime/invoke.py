@@ -2,6 +2,7 @@
 
 import random
 import uuid
+from typing import NamedTuple
 
 from poller.core.model import (
     MAX_PAYLOAD_BYTES,
@@ -13,6 +14,7 @@ from poller.core.model import (
     Partial,
     Reply,
     ReplyStatus,
+    ResponseContext,
     ShardId,
     Throttled,
 )
@@ -21,19 +23,27 @@ from poller.ports import Clock
 from poller.runtime.context import Pipe
 
 
-async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, batch: Batch, shard: ShardId = "") -> Outcome:
+class Attempt(NamedTuple):
+    """One invocation. `response`: what a failure record shows of the answer; None when there was none."""
+
+    outcome: Outcome
+    request_id: str
+    response: ResponseContext | None = None
+
+
+async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, batch: Batch, shard: ShardId = "") -> Attempt:
     """Call the target once with a batch and say what became of it. Counts and times the call."""
     mapping, records, window = pipe.mapping, batch.records, batch.window
+    request_id = new_request_id(rng)
     body = payload(records, window_tail(window, shard, mapping.source.arn)) if window else payload(records)
     if len(body) > MAX_PAYLOAD_BYTES:
         # Lambda would answer 413 without running the function, and that spends an attempt (semantics 4.2).
         pipe.observer.invoked("error", len(records), 0.0)
-        return Failed(
-            f"the event has {len(body)} bytes, more than the {MAX_PAYLOAD_BYTES} that an invocation may carry"
-        )
+        error = f"the event has {len(body)} bytes, more than the {MAX_PAYLOAD_BYTES} that an invocation may carry"
+        return Attempt(Failed(error), request_id)
     call = Invocation(
         mapping=mapping.id,
-        request_id=str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+        request_id=request_id,
         attempt=batch.attempt,
         key=idempotency_key(mapping.id, mapping.source.arn, records, shard, window),
         payload=body,
@@ -57,7 +67,19 @@ async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, batch: Batch, sha
         pipe.result.text = "PROBLEM: Function call failed"
     elif not isinstance(outcome, Throttled):
         pipe.result.text = "OK"
-    return outcome
+    return Attempt(outcome, request_id, _response(reply))
+
+
+def new_request_id(rng: random.Random) -> str:
+    """A UUID for one invocation."""
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def _response(reply: Reply) -> ResponseContext | None:
+    if reply.status_code is None or reply.status is ReplyStatus.TOO_LARGE:
+        return None
+    error = None if reply.status is ReplyStatus.OK else "Unhandled"
+    return ResponseContext(reply.status_code, reply.executed_version, error)
 
 
 def _label(reply: Reply, outcome: Outcome) -> str:

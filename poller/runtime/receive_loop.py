@@ -274,12 +274,14 @@ class ReceiveLoop:
             else:
                 receives = [self._call_queue(limit, wait) for limit in limits]
                 answers = await asyncio.gather(*receives, return_exceptions=True)
-        finally:
+        except BaseException:
             self.phase = Phase.WAITING
+            raise
         records = [record for answer in answers if not isinstance(answer, BaseException) for record in answer]
         self.is_hot = len(records) == sum(limits)
         if records:
-            self._took(records, asked)
+            await self._take_in(records, asked)
+        self.phase = Phase.WAITING
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
@@ -297,17 +299,27 @@ class ReceiveLoop:
         observer.polled("ReceiveMessage", "success", len(records))
         return records
 
-    def _took(self, records: Sequence[Record], asked: float) -> None:
+    async def _take_in(self, records: Sequence[Record], asked: float) -> None:
+        """Hold what is to be delivered; delete what no filter matches."""
+        unwanted: list[Record] = []
         if self._mapping.source.fifo:
             # A group that is still being delivered was received again because its visibility ended under our hands. It
             # waits for its visibility once more: two attempts at once would reorder it.
             records = [record for record in records if record.key not in self._pool.groups]
+        if matches := self._queue.pipe.matches:
+            wanted: list[Record] = []
+            for record in records:
+                (wanted if matches(record) else unwanted).append(record)
+            records = wanted
         if not self.held:
             self.began = asked
         self._keep(records)
         if records:
             self._pool.took(min([record.expires for record in records]))
         self._pool.received(is_full=self.is_hot)
+        if unwanted:
+            self._queue.pipe.observer.filtered(len(unwanted))
+            await self._delete(unwanted)
 
     def _keep(self, records: Sequence[Record]) -> None:
         nbytes = sum([len(record.wire) for record in records])
@@ -422,7 +434,7 @@ class ReceiveLoop:
         self._turn.used()
         self._pool.begins()
         try:
-            return await invoke(self._queue.pipe, self._clock, self._queue.context.random, batch)
+            return (await invoke(self._queue.pipe, self._clock, self._queue.context.random, batch)).outcome
         except BaseException:
             self._cut_off()
             self._pool.groups.difference_update([record.key for record in batch.records])

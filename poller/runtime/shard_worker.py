@@ -41,12 +41,14 @@ from poller.errors import (
 )
 from poller.ports import StreamSource
 from poller.runtime.context import Context, Pipe
-from poller.runtime.invoke import invoke
+from poller.runtime.discards import Discards, extent
+from poller.runtime.invoke import Attempt, invoke
 from poller.runtime.waiting import sleep_until, wait_until
 
 _log = structlog.get_logger(__name__)
 
 _GUESSED_RECORD_BYTES = 2048  # until the shard has shown its own
+_FILTER_CHUNK = 500
 _SMALL_READ_BYTES = 262_144  # what a shard may take although the byte budget is used up
 
 
@@ -95,6 +97,8 @@ class ShardWorker:
         self._room = asyncio.Event()  # somebody gave bytes back, perhaps this shard
         self._lanes: dict[int, asyncio.Task[None]] = {}
         self._calling: set[int] = set()
+        self._failures: dict[int, Attempt] = {}  # per lane the last one, for the failure record
+        self._discards = Discards(context, pipe, row.shard)
         self._is_sealed = False
         self._is_stopped = False
         self._lag: float | None = None
@@ -121,12 +125,12 @@ class ShardWorker:
 
     def stop(self) -> None:
         """Begin nothing new; `run` returns when what is in flight has ended."""
-        self._is_stopped = True
+        self._is_stopped = self._discards.is_stopped = True
         self.state = ShardState.DRAINING
         self._flow.stop()
         for lane, task in list(self._lanes.items()):
-            if lane not in self._calling:
-                task.cancel()  # it waits for a slot and holds no work
+            if lane not in self._calling and lane not in self._discards.reporting:
+                task.cancel()  # it waits for a slot and holds no work, or for its destination
                 del self._lanes[lane]  # not left to the task: one that has not begun yet never gets to its `finally`
         self._wake.set()
 
@@ -200,7 +204,8 @@ class ShardWorker:
                     else:
                         self._pipe.gate.refund(permit)
                 if isinstance(work, Discard):
-                    self._discard(work)
+                    await self._discards.give_up(self._flow, work, self._failures.pop(lane, None))
+                    self._settled()
         finally:
             self._lanes.pop(lane, None)
             self._wake.set()
@@ -208,9 +213,14 @@ class ShardWorker:
     async def _invoke(self, batch: Batch) -> None:
         self._calling.add(batch.lane)
         try:
-            outcome = await invoke(self._pipe, self._clock, self._context.random, batch, self.lease.shard)
+            attempt = await invoke(self._pipe, self._clock, self._context.random, batch, self.lease.shard)
         finally:
             self._calling.discard(batch.lane)
+        outcome = attempt.outcome
+        if isinstance(outcome, Failed | Partial):
+            self._failures[batch.lane] = attempt
+        elif isinstance(outcome, Delivered):
+            self._failures.pop(batch.lane, None)
         self._flow.resolve(batch, outcome, self._clock.now())
         self._log_outcome(batch, outcome)
         if self._context.budget.left() < _SMALL_READ_BYTES and not isinstance(outcome, Delivered):
@@ -225,18 +235,6 @@ class ShardWorker:
             self._at = Position(PositionKind.AFTER, newest)
             self._rereads += 1
 
-    def _discard(self, discard: Discard) -> None:
-        """No failure destination: the records are dropped, counted and named in the log."""
-        self._flow.confirm(discard, self._clock.now())
-        self.observer.dropped(len(discard.records))
-        self._warn(
-            "records_discarded",
-            reason=discard.reason.value,
-            attempts=discard.attempts,
-            **_extent(discard.records),
-        )
-        self._settled()
-
     def _settled(self) -> None:
         self._account()
         self._context.checkpointer.moved(self)
@@ -248,7 +246,7 @@ class ShardWorker:
                     "invocation_failed" if isinstance(outcome, Failed) else "invocation_waits",
                     error=error,
                     attempt=batch.attempt,
-                    **_extent(batch.records),
+                    **extent(batch.records),
                     retry_in=self._retry_in(),
                 )
             case Partial(index=index):
@@ -337,9 +335,10 @@ class ShardWorker:
                 self._account()
             failures = 0
             self._set_problem("")
+            unwanted = await self._unwanted(fetch.records)
             if rereads != self._rereads:
                 continue
-            self._take_in(fetch)
+            self._take_in(fetch, unwanted)
             if fetch.next_iterator is None:
                 self._seal()
                 return
@@ -401,16 +400,28 @@ class ShardWorker:
         self._floor = float(self._at.value)
         return TRIM_HORIZON
 
-    def _take_in(self, fetch: Fetch) -> None:
+    async def _unwanted(self, records: Sequence[Record]) -> frozenset[str]:
+        """Ids of the records that no filter matches. Thousands take a while: others get their turn in between."""
+        matches = self._pipe.matches
+        if matches is None:
+            return frozenset()
+        unwanted: list[str] = []
+        for start in range(0, len(records), _FILTER_CHUNK):
+            if start:
+                await asyncio.sleep(0)
+            unwanted += [record.id for record in records[start : start + _FILTER_CHUNK] if not matches(record)]
+        return frozenset(unwanted)
+
+    def _take_in(self, fetch: Fetch, unwanted: frozenset[str]) -> None:
         self.observer.polled(self._traits.operations[1], "success", fetch.read)
         self._lag = fetch.lag
         if fetch.read:
-            self._admit(fetch)
+            self._admit(fetch, unwanted)
         is_at_tip = fetch.lag == 0 if fetch.lag is not None else fetch.read == 0
         if is_at_tip and self._flow.reached_tip(self._clock.now()):
             self._wake.set()
 
-    def _admit(self, fetch: Fetch) -> None:
+    def _admit(self, fetch: Fetch, unwanted: frozenset[str]) -> None:
         records = fetch.records
         self._at = Position(PositionKind.AFTER, fetch.newest)
         self._is_stale = False
@@ -426,6 +437,10 @@ class ShardWorker:
             if not records:
                 return  # the row stays at LATEST: a position would outlive the floor, which only it names
             self._floor = -inf
+        if unwanted:
+            count = len(records)
+            records = tuple([record for record in records if record.id not in unwanted])
+            self.observer.filtered(count - len(records))
         self._flow.admit(records, fetch.newest, self._clock.now())
         self._account()
         self._context.checkpointer.moved(self)
@@ -453,10 +468,3 @@ class ShardWorker:
     async def _pause(self, failures: int, retry_after: float | None) -> None:
         delay = self._context.trouble.delay(failures, retry_after)
         await sleep_until(self._clock, self._clock.now() + delay)
-
-
-def _extent(records: Sequence[Record]) -> dict[str, object]:
-    """What a log line says of records; the final invocation of a tumbling window has none."""
-    if not records:
-        return {"records": 0}
-    return {"records": len(records), "first_sequence": records[0].id, "last_sequence": records[-1].id}

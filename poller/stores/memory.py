@@ -75,6 +75,12 @@ class MemoryStore:
         """Every document whose key starts with the prefix, by key."""
         return {key: json.loads(text) for key, text in sorted(self._documents.items()) if key.startswith(prefix)}
 
+    async def prune_documents(self, prefix: str, keep: int) -> None:
+        """Delete all but the last `keep` documents, in the order of their keys, whose key starts with the prefix."""
+        found = sorted(key for key in self._documents if key.startswith(prefix))
+        for key in found[: max(0, len(found) - keep)]:
+            del self._documents[key]
+
     async def close(self) -> None:
         """Nothing is open."""
 

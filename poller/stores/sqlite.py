@@ -137,6 +137,10 @@ class SqliteStore:
         """Every document whose key starts with the prefix, by key."""
         return await self._ask("documents", _documents, prefix)
 
+    async def prune_documents(self, prefix: str, keep: int) -> None:
+        """Delete all but the last `keep` documents, in the order of their keys, whose key starts with the prefix."""
+        await self._ask("prune_documents", _prune_documents, prefix, keep)
+
     async def close(self) -> None:
         """Finish what was asked, close the file, free the lock. Again is fine. Later requests: StoreUnavailable."""
         if self._ended is None:
@@ -516,6 +520,14 @@ def _documents(connection: sqlite3.Connection, prefix: str) -> dict[str, dict[st
         except ValueError as error:
             raise StoreUnavailable(f"The store's document {key} is damaged: {error}.") from error
     return found
+
+
+def _prune_documents(connection: sqlite3.Connection, prefix: str, keep: int) -> None:
+    keys = [key for (key,) in connection.execute("SELECT key FROM documents WHERE key >= ? ORDER BY key", (prefix,))]
+    found = [key for key in keys if key.startswith(prefix)]
+    connection.executemany(
+        "DELETE FROM documents WHERE key = ?", [(key,) for key in found[: max(0, len(found) - keep)]]
+    )
 
 
 def _columns(checkpoint: Checkpoint) -> tuple[str, str, str, str]:

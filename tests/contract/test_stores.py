@@ -453,3 +453,15 @@ async def test_one_bad_request_fails_alone(store: CheckpointStore) -> None:
     assert [list(result) for result in results if not isinstance(result, BaseException)] == [[]] * 10
     assert {each.checkpoint for each in (await store.load(M)).values()} == {after(1)}
     assert await store.load(OTHER) == {}
+
+
+async def test_the_oldest_documents_are_pruned(store: CheckpointStore) -> None:
+    """By the order of their keys, those of other prefixes left alone."""
+    for number in range(5):
+        await store.put_document(f"discarded/a/{number}", {"n": number})
+    await store.put_document("discarded/b/0", {})
+    await store.prune_documents("discarded/a/", 2)
+    assert list(await store.documents("")) == ["discarded/a/3", "discarded/a/4", "discarded/b/0"]
+    await store.prune_documents("discarded/a/", 9)
+    await store.prune_documents("nothing", 0)
+    assert len(await store.documents("")) == 3

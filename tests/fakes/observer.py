@@ -21,6 +21,9 @@ class NullObserver:
     def dropped(self, events):
         pass
 
+    def reported(self, outcome, events):
+        pass
+
     def deleted(self, events):
         pass
 
@@ -47,6 +50,13 @@ class CountingObserver(NullObserver):
 
     def dropped(self, events):
         self.counts["dropped"] += events
+
+    def filtered(self, events):
+        self.counts["filtered"] += events
+
+    def reported(self, outcome, events):
+        self.counts[f"reported_{outcome}"] += 1
+        self.counts["reported_events"] += events if outcome == "success" else 0
 
     def deleted(self, events):
         self.counts["deleted"] += events

@@ -112,7 +112,17 @@ class Setup:
         self.result = LastResult()
         self.runner = QueueRunner(
             context,
-            Pipe(mapping, self.result, target, more.get("gate", Gate(None)), self.observer, None, None, open_queue),
+            Pipe(
+                mapping,
+                self.result,
+                target,
+                more.get("gate", Gate(None)),
+                self.observer,
+                None,
+                None,
+                open_queue,
+                matches=more.get("matches"),
+            ),
         )
 
     async def run_for(self, seconds: float, grace: float = 60.0) -> float:
@@ -578,6 +588,20 @@ def test_a_window_gathers_and_ends_on_time() -> None:
         assert [len(ids) for ids in setup.target.ids()[1:]] == [25, 25]
         setup.runner.stop()
         await task
+
+    run(main)
+
+
+def test_what_no_filter_matches_is_deleted_at_once() -> None:
+    """Without an invocation, counted, and without holding up the others."""
+
+    async def main():
+        setup = Setup(Target(), matches=lambda record: record.id in {"m1", "m4"})
+        setup.queue.send(*"abcdef")
+        await setup.run_for(5)
+        assert setup.target.ids() == [["m1", "m4"]]
+        assert not setup.queue.left()
+        assert (setup.observer.counts["filtered"], setup.observer.counts["deleted"]) == (4, 6)
 
     run(main)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,14 @@ from poller.core.model import (
     StreamTraits,
 )
 from poller.core.retry import Backoff
-from poller.errors import IteratorExpired, PositionTrimmed, SourceGone, SourceThrottled, SourceUnavailable
+from poller.errors import (
+    DestinationFailed,
+    IteratorExpired,
+    PositionTrimmed,
+    SourceGone,
+    SourceThrottled,
+    SourceUnavailable,
+)
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
@@ -123,6 +131,8 @@ class Shard:
             traits=more.get("traits", StreamTraits(1000, 1.0, more.get("has_timestamps", True))),
             open_stream=None,
             open_queue=None,
+            matches=more.get("matches"),
+            destination=more.get("destination"),
         )
         row = Row("shard", Checkpoint(position))
         self.worker = ShardWorker(
@@ -405,6 +415,100 @@ def test_a_rate_is_never_exceeded_and_nothing_is_attempted_while_it_waits(monkey
         assert len(target.times) == 10
         assert target.attempts == [1, 1, 1, 2, 1, 1, 1, 1, 1, 1]
         assert shard.worker.checkpoint() == Checkpoint(Position(AT, "10"))
+
+    run(main)
+
+
+class Desk:
+    """A failure destination that refuses the first `refusals` reports."""
+
+    limit = None
+
+    def __init__(self, refusals: int = 0, seconds: float = 0.0) -> None:
+        self.refusals = refusals
+        self.seconds = seconds
+        self.tries: list[str] = []
+        self.taken: list[dict[str, Any]] = []
+
+    async def send(self, notice, body: bytes) -> None:
+        self.tries.append(notice.request_id)
+        await asyncio.sleep(self.seconds)
+        if len(self.tries) <= self.refusals:
+            raise DestinationFailed("the desk is closed")
+        self.taken.append(json.loads(body))
+
+
+FAILING = Reply(ReplyStatus.FUNCTION_ERROR, error="no", status_code=500)
+
+
+def test_a_batch_is_reported_before_it_is_settled() -> None:
+    """While its destination refuses, the lane waits and shows why; then one report, and the shard goes on."""
+
+    async def main():
+        desk = Desk(refusals=4)
+        shard = Shard(Source([page(1, 2), page(3)]), target=Target(reply=FAILING), attempts=0, destination=desk)
+        task = asyncio.ensure_future(run_for(shard, 60))
+        await asyncio.sleep(4)
+        status = shard.worker.status()
+        assert (status.last_error, status.attempts, status.first_sequence) == ("the desk is closed", 1, "1")
+        assert status.blocked_since is not None
+        assert status.next_attempt is not None
+        assert shard.worker.checkpoint() == Checkpoint(Position(AT, "1"))
+        await task
+        first, second = desk.taken
+        assert desk.tries == [first["requestContext"]["requestId"]] * 5 + [second["requestContext"]["requestId"]]
+        assert first["responseContext"] == {
+            "statusCode": 500,
+            "executedVersion": "$LATEST",
+            "functionError": "Unhandled",
+        }
+        assert first["KinesisBatchInfo"]["batchSize"] == 2
+        assert first["payload"] == '{"Records":[{1},{2}]}'
+        assert (shard.observer.counts["reported_error"], shard.observer.counts["reported_events"]) == (4, 3)
+        assert shard.observer.counts["dropped"] == 0
+        kept = await shard.store.documents("discarded/m/")
+        assert [document["ids"] for document in kept.values()] == [["1", "2"], ["3"]]
+
+    run(main)
+
+
+def test_without_a_destination_what_is_dropped_is_known_to_the_store() -> None:
+    """Nothing is discarded without a trace."""
+
+    async def main():
+        shard = Shard(Source([page(1)]), target=Target(reply=FAILING), attempts=0)
+        await run_for(shard, 5)
+        assert shard.observer.counts["dropped"] == 1
+        [document] = (await shard.store.documents("discarded/m/")).values()
+        assert document["ids"] == ["1"]
+        assert document["record"]["requestContext"]["condition"] == "RetryAttemptsExhausted"
+
+    run(main)
+
+
+@pytest.mark.parametrize(("refusals", "settled"), [(0, True), (99, False)])
+def test_a_stop_lets_a_report_arrive_but_does_not_wait_for_a_closed_desk(refusals: int, settled: bool) -> None:
+    """What nobody has taken is given up again by the next owner."""
+
+    async def main():
+        desk = Desk(refusals, seconds=3)
+        shard = Shard(Source([page(1)]), target=Target(reply=FAILING), attempts=0, destination=desk)
+        await run_for(shard, 2)
+        assert len(desk.tries) == 1
+        assert shard.worker.checkpoint() == Checkpoint(Position(PositionKind.AFTER if settled else AT, "1"))
+
+    run(main)
+
+
+def test_what_no_filter_matches_moves_the_position() -> None:
+    """Counted, never delivered."""
+
+    async def main():
+        shard = Shard(Source([page(1, 2, 3), page(4, 5)]), matches=lambda record: record.id == "2")
+        await run_for(shard, 5)
+        assert len(shard.target.calls) == 1
+        assert shard.observer.counts["filtered"] == 4
+        assert shard.worker.checkpoint() == Checkpoint(Position(PositionKind.AFTER, "5"))
 
     run(main)
 

@@ -22,7 +22,7 @@ async def run_world(world: World) -> None:
 
         def confirm(self, discard, now):
             for record in discard.records:
-                world.settle(record.id)
+                world.discard(record.id)
             super().confirm(discard, now)
 
     shard_worker.ShardFlow, original = LedgerFlow, shard_worker.ShardFlow

@@ -35,7 +35,14 @@ from poller.core.model import (
     StreamTraits,
 )
 from poller.core.retry import Backoff
-from poller.errors import IteratorExpired, SourceGone, SourceThrottled, SourceUnavailable, StoreUnavailable
+from poller.errors import (
+    DestinationFailed,
+    IteratorExpired,
+    SourceGone,
+    SourceThrottled,
+    SourceUnavailable,
+    StoreUnavailable,
+)
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
@@ -76,6 +83,8 @@ class Plan:
     is_dynamodb: bool = False  # no timestamps, no lag
     skew: float = 0.0  # of AWS's clock against ours
     tumbling: float = 0.0
+    has_destination: bool = False
+    is_filtered: bool = False
 
     @classmethod
     def of(cls, rng: random.Random) -> "Plan":
@@ -102,7 +111,8 @@ class Plan:
         if rng.random() < 0.2:
             # Nothing is given up, so that a final state must count every record of its window.
             plan = replace(plan, tumbling=rng.choice([2.0, 7.0]), factor=1, attempts=-1, max_age=-1)
-        return plan
+        is_filtered = rng.random() < 0.3 and not plan.tumbling  # AWS allows but one of them
+        return replace(plan, has_destination=rng.random() < 0.6, is_filtered=is_filtered)
 
 
 @dataclass
@@ -129,6 +139,7 @@ class World:
         self.order_of: dict[str, list[int]] = {}  # per key: sequences as produced
         self.settled: dict[str, float] = {}  # first settlement, by success or discard
         self.seen: dict[str, float] = {}  # last settlement
+        self.reported: set[str] = set()  # what the failure destination knows of
         self.calling: dict[str, str] = {}  # key -> request id
         self.frozen: set[str] = set()  # settled and safe: may never be delivered again
         self.invocations = 0
@@ -201,6 +212,8 @@ class World:
         self.invocations += 1
         for record in records:
             key, name = record["key"], record["id"]
+            if not self.is_wanted(name):
+                raise Violation(f"{name} is delivered, but no filter matches it")
             if name in self.frozen:
                 raise Violation(f"{name} was settled and saved, and is delivered again at {self.clock.now()}")
             if name in self.settled:
@@ -229,9 +242,19 @@ class World:
             raise Violation(f"{name} of {key} settled before {earlier}")
         self.settled[name] = self.clock.now()
 
+    def discard(self, name: str) -> None:
+        """A record is given up: the destination must know before."""
+        if self.plan.has_destination and name not in self.reported:
+            raise Violation(f"{name} is given up, and its destination never heard of it")
+        self.settle(name)
+
+    def is_wanted(self, name: str) -> bool:
+        """Does a filter match it?"""
+        return not self.plan.is_filtered or int(name) % 3 > 0
+
     def is_ours(self, record: Record) -> bool:
-        """LATEST: what arrived before the mapping knew the stream need not be delivered."""
-        return record.arrival >= self.ours_from.get(self.shard_of[record.id], 0.0)
+        """LATEST: what arrived before the mapping knew the stream need not be delivered; nor what no filter matches."""
+        return self.is_wanted(record.id) and record.arrival >= self.ours_from.get(self.shard_of[record.id], 0.0)
 
     def is_ours_id(self, name: str) -> bool:
         return any(r.id == name and self.is_ours(r) for r in self.shards[self.shard_of[name]].records)
@@ -283,10 +306,10 @@ class World:
         return [
             shard.id
             for shard in self.shards.values()
-            if (ours := [record for record in shard.records if self.is_ours(record)])
+            if any(self.is_ours(record) for record in shard.records)
             and shard.id in rows  # tombstones go in time
             and (position := rows[shard.id].checkpoint.position).kind is not PositionKind.END
-            and position != Position(PositionKind.AFTER, ours[-1].id)
+            and position != Position(PositionKind.AFTER, shard.records[-1].id)  # filtered ones count
         ]
 
 
@@ -393,6 +416,8 @@ class NodePlumbing:
             traits=self.traits(),
             open_stream=open_stream,
             open_queue=None,
+            matches=(lambda record: self.node.world.is_wanted(record.id)) if self.node.world.plan.is_filtered else None,
+            destination=NodeDestination(self.node) if self.node.world.plan.has_destination else None,
         )
 
     async def disconnect(self, pipe: Pipe) -> None:
@@ -401,6 +426,33 @@ class NodePlumbing:
     def traits(self) -> StreamTraits:
         is_dynamodb = self.node.world.plan.is_dynamodb
         return StreamTraits(50, tip_interval=0.25 if is_dynamodb else 1.0, has_timestamps=not is_dynamodb)
+
+
+class NodeDestination:
+    """Fails as everything else does, and for some time always."""
+
+    limit = 100_000
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    async def send(self, notice, body: bytes) -> None:
+        world = self.node.world
+        await self.node.live()
+        await asyncio.sleep(world.rng.choice([0.0, 0.05, 0.5]))
+        await self.node.live()
+        is_down = not world.is_healed and world.clock.now() % 20 < 6
+        if is_down or self.node.fails(world.plan.fault_rate):
+            raise DestinationFailed("down")
+        batch = json.loads(body)["KinesisBatchInfo"]
+        assert batch.get("batchSize", 0) == len(notice.records)
+        world.reported.update(record.id for record in notice.records)
+
+    async def check(self) -> str | None:
+        return None
+
+    async def close(self) -> None:
+        pass
 
 
 class SimObserver(NullObserver):

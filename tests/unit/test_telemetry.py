@@ -70,6 +70,8 @@ TABLE = {  # the table of the public contract: name -> type, labels
     "poller_failed_invoke_events_total": ("counter", M),
     "poller_dropped_events_total": ("counter", M),
     "poller_deleted_events_total": ("counter", M),
+    "poller_on_failure_destination_delivered_events_total": ("counter", M),
+    "poller_destination_requests_total": ("counter", M | {"outcome"}),
     "poller_invocations_total": ("counter", M | {"outcome"}),
     "poller_invocation_duration_seconds": ("histogram", M),
     "poller_concurrent_invocations": ("gauge", M),
@@ -164,6 +166,8 @@ async def test_every_report_reaches_its_metric():
     observer.filtered(2)
     observer.dropped(3)
     observer.deleted(4)
+    observer.reported("success", 8)
+    observer.reported("error", 8)
     observer.lost("s1", 5)
     observer.lost("gone", 1)
     observer.saved(6, 0.002)
@@ -175,6 +179,9 @@ async def test_every_report_reaches_its_metric():
     assert found[key("poller_filtered_out_events_total")] == 2
     assert found[key("poller_dropped_events_total")] == 3
     assert found[key("poller_deleted_events_total")] == 4
+    assert found[key("poller_on_failure_destination_delivered_events_total")] == 8
+    assert found[key("poller_destination_requests_total", outcome="success")] == 1
+    assert found[key("poller_destination_requests_total", outcome="error")] == 1
     assert found[key("poller_records_lost_total", shard="s1")] == 5
     assert found[key("poller_records_lost_total", shard="s2")] == 0
     assert found[key("poller_records_lost_total", shard="gone")] == 1

@@ -1,0 +1,119 @@
+"""What becomes of a discarded batch: kept in the store for redrive, reported to the failure destination."""
+
+from collections.abc import Sequence
+
+import structlog
+
+from poller.core import notices
+from poller.core.flow import ShardFlow
+from poller.core.model import Discard, MappingId, Notice, Record, ShardId
+from poller.errors import DestinationFailed, StoreUnavailable
+from poller.runtime.context import Context, Pipe
+from poller.runtime.invoke import Attempt, new_request_id
+from poller.runtime.waiting import sleep_until
+
+_log = structlog.get_logger(__name__)
+
+MOST_KEPT = 10_000  # discarded batches of one mapping that the store remembers; the oldest go first
+_PRUNE_EVERY = 100
+
+
+def discarded_key(mapping: MappingId, at: float | None = None, unique: str = "") -> str:
+    """The store's key of a discarded batch, in the order of time; without `at` how all keys of a mapping begin."""
+    return f"discarded/{mapping}/" + ("" if at is None else f"{round(at * 1000):013d}-{unique}")
+
+
+class Discards:
+    """Gives up batches of one shard. `reporting`: the lanes whose report is on its way; a stop lets it arrive."""
+
+    def __init__(self, context: Context, pipe: Pipe, shard: ShardId) -> None:
+        self.reporting: set[int] = set()
+        self.is_stopped = False
+        self._context = context
+        self._pipe = pipe
+        self._names = {"mapping": pipe.mapping.id, "function": pipe.mapping.function.name, "shard": shard}
+        self._shard = shard
+        self._kept = 0
+
+    async def give_up(self, flow: ShardFlow, discard: Discard, last: Attempt | None) -> None:
+        """Report a batch, then settle it. `last`: its last failed invocation, if any.
+
+        While nobody takes the report its lane waits; after a stop it is not settled, and the next owner gives it up.
+        """
+        clock = self._context.clock
+        notice = Notice(
+            mapping=self._pipe.mapping,
+            shard=self._shard,
+            records=discard.records,
+            reason=discard.reason,
+            attempts=max(1, discard.attempts),
+            request_id=last.request_id if last else new_request_id(self._context.random),
+            at=clock.now(),
+            response=last.response if last else None,
+            window=discard.window,
+        )
+        tries = 0
+        while True:
+            try:
+                await self._report(discard.lane, notice)
+                break
+            except (DestinationFailed, StoreUnavailable) as error:
+                tries += 1
+                retry_after = error.retry_after if isinstance(error, DestinationFailed) else None
+                delay = self._context.backoff.delay(tries, retry_after)
+                _log.warning(
+                    "destination_waits", error=str(error), attempt=tries, retry_in=round(delay, 3), **self._names
+                )
+                flow.hold(discard, str(error), clock.now(), clock.now() + delay)
+            if self.is_stopped:
+                return
+            await sleep_until(clock, clock.now() + delay)
+        flow.confirm(discard, clock.now())
+        _log.warning(
+            "records_discarded",
+            reason=discard.reason.value,
+            attempts=discard.attempts,
+            request_id=notice.request_id,
+            reported=self._pipe.destination is not None,
+            **self._names,
+            **extent(discard.records),
+        )
+
+    async def _report(self, lane: int, notice: Notice) -> None:
+        """Return when the report is safe. DestinationFailed, StoreUnavailable: it is not.
+
+        The store comes first: `redrive` finds there which records of the failure record's range were meant, and the
+        payload that did not fit into it. A crash in between leaves an entry without a record, never the reverse.
+        """
+        destination, observer = self._pipe.destination, self._pipe.observer
+        made = notices.report(notice, destination.limit) if destination else None
+        self.reporting.add(lane)
+        try:
+            await self._keep(notice, has_payload=made is not None and made.is_kept_in_store)
+            if destination is None or made is None:
+                observer.dropped(len(notice.records))
+                return
+            await destination.send(notice, made.body)
+            observer.reported("success", len(notice.records))
+        except DestinationFailed:
+            observer.reported("error", 0)
+            raise
+        finally:
+            self.reporting.discard(lane)
+
+    async def _keep(self, notice: Notice, *, has_payload: bool) -> None:
+        document = {"record": notices.record(notice), "ids": [record.id for record in notice.records]}
+        if has_payload:
+            document["payload"] = notices.event(notice)
+        key = discarded_key(notice.mapping.id, notice.at, notices.identity(notice))
+        await self._context.store.put_document(key, document)
+        self._kept += 1
+        if self._kept % _PRUNE_EVERY == 0:
+            await self._context.store.prune_documents(discarded_key(notice.mapping.id), MOST_KEPT)
+
+
+def extent(records: Sequence[Record]) -> dict[str, object]:
+    """What a log line says of records; the final invocation of a tumbling window has none."""
+    if not records:
+        return {"records": 0}
+    return {"records": len(records), "first_sequence": records[0].id, "last_sequence": records[-1].id}
