@@ -274,7 +274,9 @@ async def test_an_objects_key_and_type(account: str, connect: Connect) -> None: 
     assert key.startswith(
         "aws/lambda/6d9bce8e-836b-442c-8070-74e77903c815/shardId-000000000001/2019/11/14/2019-11-14T00.38.06-"
     )
-    assert (await s3.get_object(Bucket=bucket, Key=key))["ContentType"] == "application/octet-stream"
+    found = await s3.get_object(Bucket=bucket, Key=key)
+    assert found["ContentType"] == "application/octet-stream"
+    assert parse(await found["Body"].read()).request_id == notice.request_id
 
 
 async def test_an_events_envelope(account: str, connect: Connect) -> None:  # noqa: F811

@@ -679,6 +679,11 @@ class NodeStore:
         await self.inner.put_document(key, document)
         await self._after()
 
+    async def prune_documents(self, prefix: str, keep: int) -> None:
+        await self._before()
+        await self.inner.prune_documents(prefix, keep)
+        await self._after()
+
     async def forget(self, mapping: str, shards: list[str] | None = None) -> None:
         await self._before()
         await self.inner.forget(mapping, shards)
