@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from poller.cli import main, status_lines
+from poller.cli import main
+from poller.verbs.status import status_lines
 
 VERBS = (
     "run",
@@ -34,7 +35,7 @@ def test_help_names_every_verb(capsys) -> None:
         assert f"    {verb}" in out
 
 
-@pytest.mark.parametrize("verb", ["checkpoints list", "pause m", "resume m", "seek m --latest", "import", "redrive"])
+@pytest.mark.parametrize("verb", ["checkpoints list", "pause m", "resume m", "seek m --latest", "import"])
 def test_a_verb_that_is_not_there_yet_says_so(verb, capsys) -> None:
     """Exit 2 and one sentence; never a silent success."""
     assert main(verb.split()) == 2

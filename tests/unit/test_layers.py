@@ -53,8 +53,8 @@ def test_adapters_know_neither_each_other_nor_the_runtime() -> None:
 def test_only_the_clock_reads_time_and_randomness() -> None:
     """Everything else is given them, so that it can be simulated."""
     for module, used in imports():
-        if module.startswith("poller.demo") or module == "poller.clock":
-            continue  # the demo is a program of its own beside the daemon
+        if module.startswith(("poller.demo", "poller.verbs")) or module == "poller.clock":
+            continue  # programs of their own beside the daemon
         assert used not in {"time", "secrets"}, f"{module} imports {used}"
         if used == "random":  # for its type only
             source = (ROOT / (module.removeprefix("poller.").replace(".", "/") + ".py")).read_text()

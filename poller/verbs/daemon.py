@@ -1,0 +1,65 @@
+"""`run`, `validate`, `schema`, `demo`."""
+
+import argparse
+import asyncio
+import json
+import sys
+
+from poller.errors import ConfigError
+from poller.verbs.common import OK, Verbs, add_config, add_verb, seconds
+
+
+def add(verbs: Verbs) -> None:
+    """Add them."""
+    run = add_verb(verbs, "run", "run the daemon until SIGTERM or SIGINT", _run)
+    add_config(run)
+    run.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes (this version: 1)")
+    validate = add_verb(verbs, "validate", "check the config file and print the resolved mappings", _validate)
+    add_config(validate)
+    validate.add_argument("--connect", action="store_true", help="also reach all that it names")
+    demo = add_verb(verbs, "demo", "show the main job on an embedded local AWS (needs esm-poller[demo])", _demo)
+    demo.add_argument("--duration", type=seconds, metavar="N", help="end by itself after N seconds")
+    add_verb(verbs, "schema", "print the JSON Schema of the config file, for editors", _schema)
+
+
+def _workers(text: str) -> int:
+    if text != "1":
+        raise argparse.ArgumentTypeError("more than one worker is not in this version yet; leave it out or give 1")
+    return 1
+
+
+def _run(given: argparse.Namespace) -> int:
+    from poller.app import run
+    from poller.config import find_path, load
+
+    return run(load(find_path(given.config)))
+
+
+def _validate(given: argparse.Namespace) -> int:
+    from poller.config import find_path, load, resolved
+
+    settings = load(find_path(given.config))
+    print(resolved(settings))
+    for warning in settings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if given.connect:
+        from poller.app import check_connections
+
+        found = asyncio.run(check_connections(settings))
+        if found:
+            raise ConfigError(found)
+        print("\nevery source, target, destination and the store can be reached")
+    return OK
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from poller.schema import config_schema
+
+    print(json.dumps(config_schema(), indent=2))
+    return OK
+
+
+def _demo(given: argparse.Namespace) -> int:
+    from poller.demo import run
+
+    return run(given.duration)
