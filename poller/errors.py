@@ -59,7 +59,9 @@ class StoreIncompatible(PollerError):  # noqa: N818
 
 
 class DestinationFailed(PollerError):  # noqa: N818
-    """A failure destination did not take a record: try again, after `retry_after` seconds if it said so."""
+    """A failure destination did not take a record, or does not give one back: try again, after `retry_after` seconds
+    if it said so.
+    """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)

@@ -6,7 +6,8 @@ the answers of the real service where they differ.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -31,6 +32,7 @@ from poller.core.model import (
     SourceSpec,
 )
 from poller.core.model import Mapping as RunnableMapping
+from poller.errors import PollerError
 from poller.settings import FunctionSettings, LambdaFunction
 from poller.shapes import (
     Choice,
@@ -66,6 +68,8 @@ _ALL = _STREAMS | _QUEUES
 
 _INVALID = "InvalidParameterValueException"
 _VALIDATION = "ValidationException"
+MAX_TAGS = 50
+TOO_MANY_TAGS = "Number of tags exceeds resource tag limit."
 _UNRECOGNIZED = "Unrecognized event source."
 
 _ARN = r"arn:(?P<partition>aws[a-zA-Z0-9-]*)"
@@ -134,6 +138,18 @@ def _function_name(name: str) -> tuple[str, str] | None:
     if parts and not (parts["owner"] or parts["account"]) and len(parts["name"]) > _MAX_BARE_NAME:
         return "is too long", f"give a function name of at most {_MAX_BARE_NAME} characters"
     return None
+
+
+def _tag_text(text: str) -> tuple[str, str] | None:
+    if all(character in "_.:/=+-@" or unicodedata.category(character)[0] in "LNZ" for character in text):
+        return None
+    return "has a character that tags do not have", "use letters, digits, blanks and _ . : / = + - @"
+
+
+def _tag_key(key: str) -> tuple[str, str] | None:
+    if key.lower().startswith("aws:"):
+        return "begins with aws:, which is AWS's own", "give another key"
+    return _tag_text(key)
 
 
 FUNCTION_NAME = Text(
@@ -289,8 +305,12 @@ FIELDS: tuple[MappingField, ...] = (
     MappingField("KMSKeyArn", Text("an empty text", most=10_000), "Refused: filter criteria are not encrypted."),
     MappingField(
         "Tags",
-        MapOf(Text("a tag key of 1 to 128 characters", 1, 128), Text("text", most=256), most=50),
-        "Up to 50 tags.",
+        MapOf(
+            Text("a tag key of 1 to 128 characters", 1, 128, rule=_tag_key),
+            Text("text", most=256, rule=_tag_text),
+            most=MAX_TAGS,
+        ),
+        "Up to 50 tags; shown by ListTags.",
         uses=Uses.CREATE,
     ),
     MappingField(
@@ -381,6 +401,15 @@ def check_update(current: Mapping[str, Any], changes: Mapping[str, Any]) -> list
     merged = _merged(current, sound)
     # A timestamp that was in the past when the mapping was made still is.
     return problems + list(_check_rules(merged, changes, source, float("inf")))
+
+
+def check_tags(tags: Any) -> list[Problem]:
+    """Every problem of the tags in a TagResource request; how many a mapping has together is not looked at."""
+    if tags is None:
+        return [Problem("Tags", _VALIDATION, _constraint("tags", "null", "Member must not be null"))]
+    if tags == {}:
+        return [Problem("Tags", _INVALID, "An error occurred and the request cannot be processed.")]
+    return [_from_fault(fault) for fault in check(_FIELD["Tags"].shape, tags, "Tags")]
 
 
 def _check_shape(document: Mapping[str, Any], uses: set[Uses]) -> list[Problem]:
@@ -616,6 +645,8 @@ def _from_fault(fault: Fault) -> Problem:
             constraint = f"Member must satisfy constraint: [Member must satisfy enum value set: {_shown(fault.limit)}]"
         case "choice":
             constraint = f"Member must satisfy enum value set: {_shown(fault.limit)}"
+        case "long" if fault.path == "Tags":
+            return Problem("Tags", _INVALID, TOO_MANY_TAGS, fault.remedy, fault.said)
         case "short":
             constraint = f"Member must have length greater than or equal to {fault.limit}"
         case "long":
@@ -765,7 +796,7 @@ def resolve_function(
     spec = FunctionSpec(short, arn, f"arn:{partition}:iam::{account}:role/{short}")
     settings = functions.get(short) if (region, account) == (source.region, source.account) else None
     if settings is None:
-        return spec, LambdaFunction(short, name)
+        return spec, LambdaFunction(short, name, is_configured=False)
     if isinstance(settings, LambdaFunction) and qualifier:
         return spec, replace(settings, arn=f"{_unqualified(settings.arn)}:{qualifier}")
     return spec, settings
@@ -810,6 +841,32 @@ def build(
         destination=_failure_destination(document),
         declared_in=declared_in,
     )
+
+
+def resolve(
+    uuid: MappingId, document: Mapping[str, Any], functions: Mapping[str, FunctionSettings], declared_in: str | None
+) -> tuple[RunnableMapping, FunctionSettings]:
+    """The mapping that a normalized document describes, and what its FunctionName means."""
+    spec, function = resolve_function(document["FunctionName"], functions, parse_source(document["EventSourceArn"]))
+    return build(uuid, document, spec, declared_in), function
+
+
+def find_mapping(name: str, known: Iterable[tuple[MappingId, str]]) -> MappingId:
+    """The mapping that a person means: by UUID, the beginning of one, or the name of a function that one mapping has.
+
+    `known`: UUID and function name of each. PollerError: none, or which ones.
+    """
+    mappings = list(known)
+    exact = [uuid for uuid, _ in mappings if uuid == name.lower()]
+    found = exact or [uuid for uuid, function in mappings if function == name]
+    if not found and name:
+        found = [uuid for uuid, _ in mappings if uuid.startswith(name.lower())]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PollerError(f"{name} may be any of the mappings {', '.join(sorted(found))}; give more of the UUID")
+    there = ", ".join(f"{uuid} ({function})" for uuid, function in mappings[:10]) or "none"
+    raise PollerError(f"there is no mapping {name}; give a UUID, the beginning of one or a function's name: {there}")
 
 
 def _queue(document: Mapping[str, Any]) -> QueuePolicy:

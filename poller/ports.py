@@ -18,8 +18,10 @@ from poller.core.model import (
     Reply,
     Row,
     ShardId,
+    SourceSpec,
     StreamFacts,
 )
+from poller.settings import LambdaFunction
 
 
 class Clock(Protocol):
@@ -164,6 +166,21 @@ class CheckpointStore(Protocol):
         """Delete the rows of a mapping, or of some of its shards."""
         ...
 
+    async def mappings(self) -> Sequence[MappingId]:
+        """Every mapping that has rows, in order, whether anybody still knows it or not."""
+        ...
+
+    async def restore(
+        self,
+        rows: MappingABC[MappingId, Sequence[Row]],
+        leases: Sequence[Lease],
+        documents: MappingABC[str, MappingABC[str, Any] | None],
+    ) -> bool:
+        """Put these rows in place of all that these mappings have, and documents (None: deleted), all or none; a row's
+        `saved_at` is kept, inf means now. False, nothing done: `leases` are not all their rows, or one is lost.
+        """
+        ...
+
     async def put_document(self, key: str, document: MappingABC[str, Any]) -> None:
         """Keep a JSON document under a key (API-made mappings: `mapping/UUID`)."""
         ...
@@ -174,6 +191,10 @@ class CheckpointStore(Protocol):
 
     async def documents(self, prefix: str) -> dict[str, dict[str, Any]]:
         """Every document whose key starts with the prefix."""
+        ...
+
+    async def document_keys(self, prefix: str) -> Sequence[str]:
+        """Every key that starts with the prefix, in order: to read documents one by one where all would be too much."""
         ...
 
     async def prune_documents(self, prefix: str, keep: int) -> None:
@@ -233,6 +254,18 @@ class StoreObserver(Protocol):
         ...
 
 
+class Probe(Protocol):
+    """Is what a mapping names there? Whoever cannot be asked is believed to be."""
+
+    async def source(self, source: SourceSpec) -> None:
+        """ApiError: the source is not there, or may not be read."""
+        ...
+
+    async def function(self, function: LambdaFunction, region: str) -> None:
+        """ApiError: there is no such function."""
+        ...
+
+
 class Control(Protocol):
     """What the HTTP server may ask of the daemon. Mapping operations answer EventSourceMappingConfiguration objects."""
 
@@ -266,4 +299,33 @@ class Control(Protocol):
 
     async def delete(self, uuid: str) -> dict[str, Any]:
         """DeleteEventSourceMapping. ApiError."""
+        ...
+
+    def tags(self, arn: str) -> dict[str, str]:
+        """ListTags of a mapping's ARN. ApiError."""
+        ...
+
+    async def tag(self, arn: str, tags: Any) -> None:
+        """TagResource; `tags` as the request has them. ApiError."""
+        ...
+
+    async def untag(self, arn: str, keys: Sequence[str]) -> None:
+        """UntagResource; keys that are not there are no error. ApiError."""
+        ...
+
+    async def pause(self, name: str, by: str) -> dict[str, Any]:
+        """Disable a mapping: UUID, the beginning of one, or a function's name. `by`: who, for the audit line. ApiError.
+
+        Answers `{uuid, state}` at once; it is paused when its state is Disabled.
+        """
+        ...
+
+    async def resume(self, name: str, by: str) -> dict[str, Any]:
+        """Enable it again, where it stopped. As `pause`."""
+        ...
+
+    async def seek(self, name: str, order: MappingABC[str, Any], by: str) -> dict[str, Any]:
+        """Move it: `{position: TRIM_HORIZON | LATEST}`, `{position: AT_TIMESTAMP, timestamp}` or `{shard, sequence}`.
+        As `pause`; it has moved when its status has no `seek_pending`.
+        """
         ...

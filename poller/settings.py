@@ -40,6 +40,13 @@ class SigV4Auth:
     region: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class AccessKeys:
+    """Who may sign requests to our own server with AWS Signature Version 4: secrets by access key id."""
+
+    secrets: tuple[tuple[str, str], ...] = field(repr=False)
+
+
 _SHORTEST_SECRET = 8
 
 Auth: TypeAlias = BearerAuth | BasicAuth | SigV4Auth
@@ -78,6 +85,7 @@ class LambdaFunction:
     timeout: float = 900.0
     max_concurrency: int | None = None
     max_invocations_per_second: float | None = None
+    is_configured: bool = True
 
 
 FunctionSettings: TypeAlias = HttpFunction | LambdaFunction
@@ -109,11 +117,11 @@ class StoreSettings:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """`port` 0 takes a free one. `auth`: any of the tokens opens the mapping API and the status page."""
+    """`port` 0 takes a free one. `auth`: any of the tokens and keys opens the mapping API and the status page."""
 
     host: str = "127.0.0.1"
     port: int = 9477
-    auth: tuple[BearerAuth, ...] = ()
+    auth: tuple[BearerAuth | AccessKeys, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +184,8 @@ class Settings:
         out half of every log line.
         """
         found = {value for value in self.filled if len(value) >= _SHORTEST_SECRET}
-        found |= {auth.token for auth in self.server.auth}
+        for entry in self.server.auth:
+            found |= {entry.token} if isinstance(entry, BearerAuth) else {secret for _, secret in entry.secrets}
         for function in self.functions.values():
             if isinstance(function, HttpFunction):
                 found.update(value for _, value in function.headers if len(value) >= _SHORTEST_SECRET)

@@ -166,13 +166,14 @@ _READS = {  # operation -> outcomes that show as 0 from the start; others appear
     SourceKind.SQS: ("ReceiveMessage", ("success", "throttled", "error")),
 }
 _STORE_OPERATIONS = (
-    "create", "load", "acquire", "save", "release", "forget", "put_document", "delete_document", "documents",
-    "prune_documents",
+    "create", "load", "acquire", "save", "release", "forget", "mappings", "restore", "put_document",
+    "delete_document", "documents", "document_keys", "prune_documents",
 )  # fmt: skip
 _INVOCATION_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 _SAVE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_WORKED = frozenset({ShardState.STARTING, ShardState.RUNNING, ShardState.ENDING, ShardState.DRAINING})
+_READ = frozenset({ShardState.RUNNING, ShardState.ENDING, ShardState.DRAINING})
+_WORKED = _READ | {ShardState.STARTING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ class ShardAges:
 
 def shard_ages(shard: ShardStatus, retention: float | None, now: float) -> ShardAges:
     """The ages of one shard. One that is not being read has no iterator age: that it is not behind is not known."""
-    reading = shard.state in _WORKED and shard.state is not ShardState.STARTING
+    reading = shard.state in _READ
     age: float | None = 0.0 if reading else None
     if shard.batch_arrival is not None:
         age = max(0.0, now - shard.batch_arrival)
@@ -200,6 +201,35 @@ def shard_ages(shard: ShardStatus, retention: float | None, now: float) -> Shard
         headroom = max(0.0, retention - (now - shard.oldest_arrival))
     blocked = 0.0 if shard.blocked_since is None else max(0.0, now - shard.blocked_since)
     return ShardAges(age, shard.lag, headroom, blocked)
+
+
+def worst_lag(shards: Sequence[ShardStatus], now: float) -> float | None:
+    """How many seconds the shard that is furthest behind is behind; None when that is known of none.
+
+    The larger of how far reading is behind the tip (which a blocked shard stops to ask for, and DynamoDB does not say)
+    and the iterator age.
+    """
+    worst = -1.0
+    for shard in shards:
+        if shard.batch_arrival is not None:
+            worst = max(worst, now - shard.batch_arrival, 0.0)
+        elif shard.state in _READ:
+            worst = max(worst, 0.0)
+        if shard.lag is not None:
+            worst = max(worst, shard.lag)
+    return None if worst < 0 else worst
+
+
+@dataclass(frozen=True, slots=True)
+class EventCounts:
+    """Records of one mapping since its series began. `succeeded`: of successful invocations; `failed`: of all others,
+    a partial success among them, each time; `dropped`: given up by a retry or age limit; `lost`: left retention first.
+    """
+
+    succeeded: int
+    failed: int
+    dropped: int
+    lost: int
 
 
 class Metrics:
@@ -248,6 +278,10 @@ class Metrics:
         known = self._observers.pop(mapping, None)
         if known is not None:
             known.close()
+
+    def counts(self) -> dict[MappingId, EventCounts]:
+        """What each mapping has counted up to now. A mapping whose labels change begins again at 0."""
+        return {mapping: series.counts() for mapping, series in self._observers.items()}
 
     def store_observer(self) -> StoreObserver:
         """The observer of the store."""
@@ -330,6 +364,7 @@ class _MappingSeries:
     def __init__(self, families: _MappingFamilies, names: Labels) -> None:
         self.names = names
         self.losses: Tally[ShardId] = Tally()
+        self._succeeded_events = self._failed_events = self._dropped_events = 0
         self._families = families
         self._closed = False
         self._made: list[tuple[Counter | Gauge | Histogram, tuple[str, ...]]] = []
@@ -357,6 +392,11 @@ class _MappingSeries:
         self._made.append((family, names))
         return family.labels(*names)
 
+    def counts(self) -> EventCounts:
+        """Up to now; the library's counters cannot be read back."""
+        lost = self.losses.total()
+        return EventCounts(self._succeeded_events, self._failed_events, self._dropped_events, lost)
+
     def close(self) -> None:
         """Take the series out of the exposition; what is still counted goes nowhere."""
         self._closed = True
@@ -382,12 +422,16 @@ class _MappingSeries:
             child = self._invocations[outcome] = self._child(self._families.invocations, outcome)
         child.inc()
         _add(self._invoked, events)
-        if outcome != "success":
+        if outcome == "success":
+            self._succeeded_events += events
+        else:
+            self._failed_events += events
             _add(self._failed, events)
         self._duration.observe(seconds)
         self._batch.observe(events)
 
     def dropped(self, events: int) -> None:
+        self._dropped_events += events
         _add(self._dropped, events)
 
     def reported(self, outcome: str, events: int) -> None:

@@ -7,7 +7,7 @@ from poller.aws.session import COLD_TIMEOUT, AwsClients
 from poller.errors import AccessDenied, SourceUnavailable
 
 
-async def queue_url(clients: AwsClients, region: str, account: str, name: str) -> str:
+async def queue_url(clients: AwsClients, region: str | None, account: str, name: str) -> str:
     """The queue's URL. SourceGone, SourceThrottled, SourceUnavailable; no right to ask is no error."""
     client = await clients.client("sqs", region)
     try:

@@ -15,7 +15,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.credentials import AioCredentials, AioRefreshableCredentials
 from aiobotocore.session import AioSession
 from botocore.credentials import ReadOnlyCredentials
-from botocore.exceptions import BotoCoreError
+from botocore.exceptions import BotoCoreError, NoRegionError
 from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
@@ -120,7 +120,7 @@ class AwsClients:
         )
         self._stack = AsyncExitStack()
         self._lock = asyncio.Lock()
-        self._clients: dict[tuple[str, str, int], Any] = {}
+        self._clients: dict[tuple[str, str | None, int], Any] = {}
         self._lean: dict[tuple[str, str], LeanClient] = {}
         self._http: aiohttp.ClientSession | None = None
 
@@ -168,11 +168,12 @@ class AwsClients:
         """Where the daemon's signing keys come from; for signed requests to what is not an AWS endpoint."""
         return self._credentials
 
-    async def client(self, service: str, region: str, attempts: int = 2) -> Any:
+    async def client(self, service: str, region: str | None, attempts: int = 2) -> Any:
         """The aiobotocore client for cold calls. Its errors are botocore's; `poller.aws.errors.translated` reads them.
 
         `attempts`: 2 has one quick repeat for a hiccup, 1 is for what should not be done twice; every loop of ours
-        backs off by itself. SourceUnavailable, AccessDenied: there are no credentials to make it with.
+        backs off by itself. `region` None: the standard chain's; ConfigError when that has none either.
+        SourceUnavailable, AccessDenied: there are no credentials to make it with.
         """
         await self._credentials.renew()
         key = (service, region, attempts)
@@ -189,6 +190,10 @@ class AwsClients:
                             ),
                         )
                     )
+                except NoRegionError:
+                    raise ConfigError(
+                        ["aws.region: not set, and neither is AWS_DEFAULT_REGION; give one such as eu-west-1"]
+                    ) from None
                 except Exception as error:  # noqa: BLE001  # it loads credentials too, see `frozen`
                     raise SourceUnavailable(f"{service}: no client can be made: {type(error).__name__}") from None
                 client.meta.events.register("after-call", self._after_call)

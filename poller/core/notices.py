@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from poller.core.model import DiscardReason, Notice, ShardId, SourceKind, Window
+from poller.core.model import DiscardReason, MappingId, Notice, ShardId, SourceKind, Window
 from poller.core.replies import payload, window_tail
 
 _BATCH_INFO = {SourceKind.KINESIS: "KinesisBatchInfo", SourceKind.DYNAMODB: "DDBStreamBatchInfo"}
@@ -101,9 +101,16 @@ def identity(notice: Notice) -> str:
     Its request id alone is not enough: when the records of one failed invocation age out one after the other, each is
     a notice of its own with the request id of that invocation.
     """
-    extent = (notice.records[0].id, notice.records[-1].id) if notice.records else ()
-    parts = (notice.mapping.id, notice.shard, notice.request_id, notice.reason.value, *extent)
-    return str(uuid.uuid5(_IDENTITY, "\n".join(parts)))
+    start, end = (notice.records[0].id, notice.records[-1].id) if notice.records else ("", "")
+    return identity_of(notice.mapping.id, notice.shard, notice.request_id, notice.reason.value, start, end)
+
+
+def identity_of(  # noqa: PLR0917
+    mapping: MappingId, shard: ShardId, request_id: str, condition: str, start: str, end: str
+) -> str:
+    """The same, of a notice that is known by its failure record. Without records `start` and `end` are empty."""
+    extent = (start, end) if start else ()
+    return str(uuid.uuid5(_IDENTITY, "\n".join((mapping, shard, request_id, condition, *extent))))
 
 
 def s3_key(notice: Notice, unique: str) -> str:

@@ -1,30 +1,17 @@
 """SQS queues, SNS topics, S3 buckets and EventBridge buses as failure destinations (semantics 10)."""
 
-import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
 
 from botocore.exceptions import ClientError
-from botocore.parsers import ResponseParserError
 
-from poller.aws.errors import ErrorTable, aws_error, translate, translated
+from poller.aws.errors import aws_error
 from poller.aws.lean import AwsError
 from poller.aws.queues import queue_url
+from poller.aws.service import Service
 from poller.aws.session import AwsClients
 from poller.core.model import Notice
 from poller.core.notices import identity, s3_key
-from poller.errors import (
-    AccessDenied,
-    ConfigError,
-    DestinationFailed,
-    PollerError,
-    SourceGone,
-    SourceThrottled,
-    SourceUnavailable,
-)
+from poller.errors import ConfigError, DestinationFailed
 from poller.ports import Destination
 
 # Bytes of one message. A queue may be set to take less, and old ones often are.
@@ -45,111 +32,30 @@ _ARN = re.compile(
 )
 _SHORTER = re.compile(r"shorter than ([0-9]{1,9}) bytes")
 
-# What botocore's parsers raise for an answer that is not in the service's form, a proxy's for one.
-_UNREADABLE = (ResponseParserError, AttributeError, KeyError, TypeError, UnicodeDecodeError)
-
-_ERRORS: ErrorTable = {
-    "AllAccessDisabled": AccessDenied,  # S3
-    "AuthorizationError": AccessDenied,  # SNS
-    "KMSAccessDenied": AccessDenied,
-    "KMSDisabled": AccessDenied,
-    "KMSInvalidState": AccessDenied,
-    "KMSNotFound": AccessDenied,
-    "KMSOptInRequired": AccessDenied,
-    "KMSThrottling": SourceThrottled,
-    "NoSuchBucket": SourceGone,
-    "NotFound": SourceGone,  # SNS
-    "404": SourceGone,  # HeadBucket, whose answers have no body
-    "Throttled": SourceThrottled,  # SNS
-    "ThrottledException": SourceThrottled,
-}
-
 
 def open_destination(arn: str, source_region: str, clients: AwsClients, timeout: float) -> Destination:
     """The destination of an ARN. ConfigError when it is none of these four."""
     if bucket := _BUCKET.fullmatch(arn):
-        return S3Destination(_Service("s3", source_region, arn, clients, timeout), bucket["bucket"])
+        return S3Destination(Service("s3", source_region, arn, clients, timeout), bucket["bucket"])
     parts = _ARN.fullmatch(arn)
     if parts is None:
         raise ConfigError(
             ["DestinationConfig.OnFailure.Destination: not the ARN of a queue, topic (no FIFO), bucket or event bus"]
         )
-    service = _Service(parts["service"], parts["region"], arn, clients, timeout)
+    service = Service(parts["service"], parts["region"], arn, clients, timeout)
     match parts["service"]:
         case "sqs":
             return SqsDestination(service, parts["account"], parts["name"])
         case "sns":
-            return SnsDestination(service)
+            return SnsDestination(service, arn)
         case _:
-            return EventsDestination(service)
-
-
-@dataclass(frozen=True, slots=True)
-class _Service:
-    """The AWS service of one destination: its client, and what goes wrong with it in words."""
-
-    name: str
-    region: str
-    arn: str
-    clients: AwsClients
-    timeout: float
-
-    @asynccontextmanager
-    async def calling(self, action: str) -> AsyncIterator[Any]:
-        """The client, for one call. Whatever goes wrong is DestinationFailed; `action`: the right that the call needs.
-
-        AWS's own words are left out where they may quote what was sent.
-        """
-        try:
-            with translated(action, _ERRORS):
-                try:
-                    async with asyncio.timeout(self.timeout):
-                        yield await self.clients.client(self.name, self.region, attempts=1)
-                except TimeoutError:
-                    raise SourceUnavailable(f"{action}: no answer within {self.timeout:g} s") from None
-                except _UNREADABLE:
-                    raise self.unreadable(action) from None
-                except ClientError as error:
-                    raise _without_quotes(aws_error(error)) from None
-        except DestinationFailed:
-            raise
-        except SourceGone as error:
-            raise DestinationFailed(
-                f"{self.arn}: it does not exist ({error}); make it again, or give the mapping another destination"
-            ) from None
-        except AccessDenied as error:
-            key = " and kms:GenerateDataKey and kms:Decrypt on its key" if "kms" in str(error).lower() else ""
-            raise DestinationFailed(
-                f"{self.arn}: access denied ({error}); the poller's credentials need {action} on it{key}"
-            ) from None
-        except PollerError as error:
-            raise DestinationFailed(f"{self.arn}: {error}") from None
-
-    def unreadable(self, action: str) -> DestinationFailed:
-        """An answer that was cut off, or that does not say that the record was taken."""
-        return DestinationFailed(f"{self.arn}: {action}: the answer cannot be read, so it is not known to be taken")
-
-    async def problem(self, action: str, operation: str, **request: str | list[str]) -> str | None:
-        """What is wrong with a call that only looks; None when it is answered."""
-        try:
-            async with self.calling(action) as client:
-                await getattr(client, operation)(**request)
-        except DestinationFailed as error:
-            return str(error)
-        return None
-
-
-def _without_quotes(error: AwsError) -> AwsError:
-    """Only what a refusal of the caller, a missing thing or a throttle says is known to hold no part of the request."""
-    if isinstance(translate(error, _ERRORS, ""), SourceUnavailable):
-        return AwsError(error.code, error.status, f"HTTP status {error.status}")
-    return error
+            return EventsDestination(service, arn)
 
 
 class SqsDestination:
     """A `Destination` that is a standard queue."""
 
-    def __init__(self, service: _Service, account: str, name: str) -> None:
+    def __init__(self, service: Service, account: str, name: str) -> None:
         self.limit: int | None = _SQS_BYTES
         self._service = service
         self._account = account
@@ -168,8 +74,8 @@ class SqsDestination:
                     raise
                 self.limit = min(int(shorter[1]), len(body) - 1)
                 raise DestinationFailed(
-                    f"{self._service.arn}: the queue takes at most {shorter[1]} bytes and the record has {len(body)}; "
-                    "raise the queue's MaximumMessageSize if this lasts"
+                    f"{self._service.where}: the queue takes at most {shorter[1]} bytes and the record has "
+                    f"{len(body)}; raise the queue's MaximumMessageSize if this lasts"
                 ) from None
         if not answer.get("MessageId"):
             raise self._service.unreadable("sqs:SendMessage")
@@ -196,20 +102,21 @@ class SqsDestination:
 class SnsDestination:
     """A `Destination` that is a standard topic."""
 
-    def __init__(self, service: _Service) -> None:
+    def __init__(self, service: Service, arn: str) -> None:
         self.limit: int | None = _SNS_BYTES
         self._service = service
+        self._arn = arn
 
     async def send(self, notice: Notice, body: bytes) -> None:  # noqa: ARG002
         """One notification."""
         async with self._service.calling("sns:Publish") as client:
-            answer = await client.publish(TopicArn=self._service.arn, Message=body.decode())
+            answer = await client.publish(TopicArn=self._arn, Message=body.decode())
         if not answer.get("MessageId"):
             raise self._service.unreadable("sns:Publish")
 
     async def check(self) -> str | None:
         """Is the topic there, and may we look at it? Whether we may publish only a notification would show."""
-        return await self._service.problem("sns:GetTopicAttributes", "get_topic_attributes", TopicArn=self._service.arn)
+        return await self._service.problem("sns:GetTopicAttributes", "get_topic_attributes", TopicArn=self._arn)
 
     async def close(self) -> None:
         """Nothing: the connections belong to the `AwsClients`."""
@@ -220,7 +127,7 @@ class S3Destination:
 
     limit: int | None = None
 
-    def __init__(self, service: _Service, bucket: str) -> None:
+    def __init__(self, service: Service, bucket: str) -> None:
         self._service = service
         self._bucket = bucket
 
@@ -241,14 +148,15 @@ class S3Destination:
 class EventsDestination:
     """A `Destination` that is an EventBridge bus: the record is the detail, its condition the detail type."""
 
-    def __init__(self, service: _Service) -> None:
+    def __init__(self, service: Service, arn: str) -> None:
         self.limit: int | None = _EVENT_BYTES
         self._service = service
+        self._arn = arn
 
     async def send(self, notice: Notice, body: bytes) -> None:
         """One event. EventBridge answers 200 for entries that it did not take, too."""
         entry = {
-            "EventBusName": self._service.arn,
+            "EventBusName": self._arn,
             "Source": _EVENT_SOURCE,
             "DetailType": notice.reason.value,
             "Detail": body.decode(),
@@ -265,7 +173,7 @@ class EventsDestination:
 
     async def check(self) -> str | None:
         """Is the bus there, and may we look at it? Whether we may put only an event would show."""
-        return await self._service.problem("events:DescribeEventBus", "describe_event_bus", Name=self._service.arn)
+        return await self._service.problem("events:DescribeEventBus", "describe_event_bus", Name=self._arn)
 
     async def close(self) -> None:
         """Nothing: the connections belong to the `AwsClients`."""

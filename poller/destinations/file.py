@@ -34,16 +34,10 @@ class FileDestination:
 
     def __init__(self, target: str, timeout: float) -> None:
         """`timeout`: seconds for one file. ConfigError: not `file:///PATH`."""
-        try:
-            parts = urlsplit(target)
-        except ValueError:
-            raise ConfigError([_MISTAKE]) from None
-        path = unquote(parts.path)
-        if parts.netloc not in {"", "localhost"} or not path.startswith("/") or parts.query or parts.fragment:
+        directory = directory_of(target)
+        if directory is None:
             raise ConfigError([_MISTAKE])
-        if "\0" in path:
-            raise ConfigError([_MISTAKE])
-        self._directory = Path(path)
+        self._directory = directory
         self._timeout = timeout
         self._thread: ThreadPoolExecutor | None = None
 
@@ -79,6 +73,18 @@ class FileDestination:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="file-destination")
         async with asyncio.timeout(self._timeout):
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def directory_of(url: str) -> Path | None:
+    """The directory that `file:///PATH` means; None: it is not of that form."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return None
+    path = unquote(parts.path)
+    if parts.scheme != "file" or parts.netloc not in {"", "localhost"} or parts.query or parts.fragment:
+        return None
+    return Path(path) if path.startswith("/") and "\0" not in path else None
 
 
 def file_name(notice: Notice) -> str:

@@ -38,14 +38,22 @@ class Sources:
 
     async def open_stream(self, mapping: Mapping) -> StreamSource:
         """The stream of a mapping. Nothing is called yet, so it cannot fail for the stream's sake."""
-        match mapping.source.kind:
+        if mapping.source.fan_out:
+            role = mapping.function.role
+            return fanout.FanOutSource(mapping.source, role, self._clients, self._clock, self._limits)
+        return self.open_again(mapping.source, mapping.function.role)
+
+    def open_again(self, source: SourceSpec, role: str) -> StreamSource:
+        """A stream, to read ranges of it again by position. A registered consumer's subscription stays with whoever has
+        it: AWS gives it to one reader. Nothing is called yet. `role`: the function's.
+        """
+        match source.kind:
             case SourceKind.KINESIS:
-                opened = fanout.FanOutSource if mapping.source.fan_out else kinesis.KinesisSource
-                return opened(mapping.source, mapping.function.role, self._clients, self._clock, self._limits)
+                return kinesis.KinesisSource(source, role, self._clients, self._clock, self._limits)
             case SourceKind.DYNAMODB:
-                return dynamodb.DynamoSource(mapping.source, self._clients, self._clock)
+                return dynamodb.DynamoSource(source, self._clients, self._clock)
             case SourceKind.SQS:
-                raise ValueError(f"{mapping.source.arn} is a queue")
+                raise ValueError(f"{source.arn} is a queue")
 
     async def open_queue(self, mapping: Mapping) -> QueueSource:
         """The queue of a mapping. Nothing is called yet."""

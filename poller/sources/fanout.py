@@ -12,7 +12,6 @@ import asyncio
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Literal, TypeAlias
 
 import aiohttp
@@ -314,8 +313,7 @@ class FanOutSource:
         self._role = role
         self._clients = clients
         self._clock = clock
-        stream = replace(spec, arn=spec.arn.partition("/consumer/")[0], fan_out=False)
-        self._stream = KinesisSource(stream, role, clients, clock, limits)
+        self._stream = KinesisSource(spec, role, clients, clock, limits)
         self._feeds: dict[ShardId, _Feed] = {}
 
     async def shards(self) -> Listing:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import MutableMapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 from weakref import WeakValueDictionary
@@ -126,17 +127,20 @@ class _ShardReader:
 
     __slots__ = ("encode", "iterators", "reads")
 
-    def __init__(self, spec: SourceSpec, shard: ShardId, role: str, limits: ReadLimits) -> None:
-        self.encode = Encoder(spec, shard, role).encode
+    def __init__(self, spec: SourceSpec, shown: SourceSpec, shard: ShardId, role: str, limits: ReadLimits) -> None:
+        self.encode = Encoder(shown, shard, role).encode
         self.reads = limits.limit(spec.arn, shard, "GetRecords")
         self.iterators = limits.limit(spec.arn, shard, "GetShardIterator")
 
 
 class KinesisSource:
-    """A `StreamSource`. `role` is the function's, for `invokeIdentityArn`."""
+    """A `StreamSource`. `role` is the function's, for `invokeIdentityArn`. The stream of a registered consumer is read
+    without its subscription; its records name the consumer all the same.
+    """
 
     def __init__(self, spec: SourceSpec, role: str, clients: AwsClients, clock: Clock, limits: ReadLimits) -> None:
-        self._spec = spec
+        self._shown = spec
+        self._spec = replace(spec, arn=spec.arn.partition("/consumer/")[0], fan_out=False) if spec.fan_out else spec
         self._role = role
         self._clients = clients
         self._clock = clock
@@ -238,7 +242,7 @@ class KinesisSource:
     def _reader(self, shard: ShardId) -> _ShardReader:
         reader = self._shards.get(shard)
         if reader is None:
-            reader = self._shards[shard] = _ShardReader(self._spec, shard, self._role, self._limits)
+            reader = self._shards[shard] = _ShardReader(self._spec, self._shown, shard, self._role, self._limits)
         return reader
 
 

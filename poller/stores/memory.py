@@ -63,6 +63,28 @@ class MemoryStore:
         for shard in shards:
             self._rows.pop((mapping, shard), None)
 
+    async def mappings(self) -> Sequence[MappingId]:
+        """Every mapping that has rows, in order."""
+        return sorted({mapping for mapping, _ in self._rows})
+
+    async def restore(
+        self,
+        rows: Mapping[MappingId, Sequence[Row]],
+        leases: Sequence[Lease],
+        documents: Mapping[str, Mapping[str, Any] | None],
+    ) -> bool:
+        """Put these rows in place of all that these mappings have, and documents (None: deleted), all or none. False:
+        `leases` are not all their rows, or one is lost.
+        """
+        texts = {key: json.dumps(document, allow_nan=False) for key, document in documents.items() if document}
+        held = {(lease.mapping, lease.shard) for lease in leases if self._held(lease) is not None}
+        if len(held) < len(leases) or held != {key for key in self._rows if key[0] in rows}:
+            return False
+        kept = {key: row for key, row in self._rows.items() if key[0] not in rows}
+        self._rows = kept | {(mapping, row.shard): row for mapping, put in rows.items() for row in put}
+        self._documents = {key: text for key, text in self._documents.items() if key not in documents} | texts
+        return True
+
     async def put_document(self, key: str, document: Mapping[str, Any]) -> None:
         """Keep a JSON document under a key. TypeError, ValueError: it is not JSON."""
         self._documents[key] = json.dumps(document, allow_nan=False)
@@ -75,9 +97,13 @@ class MemoryStore:
         """Every document whose key starts with the prefix, by key."""
         return {key: json.loads(text) for key, text in sorted(self._documents.items()) if key.startswith(prefix)}
 
+    async def document_keys(self, prefix: str) -> Sequence[str]:
+        """Every key that starts with the prefix, in order."""
+        return sorted(key for key in self._documents if key.startswith(prefix))
+
     async def prune_documents(self, prefix: str, keep: int) -> None:
         """Delete all but the last `keep` documents, in the order of their keys, whose key starts with the prefix."""
-        found = sorted(key for key in self._documents if key.startswith(prefix))
+        found = await self.document_keys(prefix)
         for key in found[: max(0, len(found) - keep)]:
             del self._documents[key]
 

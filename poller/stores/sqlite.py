@@ -23,6 +23,8 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
+from math import isfinite
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
@@ -125,6 +127,26 @@ class SqliteStore:
         """Delete the rows of a mapping, or of some of its shards."""
         await self._ask("forget", _forget, mapping, None if shards is None else tuple(shards))
 
+    async def mappings(self) -> Sequence[MappingId]:
+        """Every mapping that has rows, in order."""
+        return await self._ask("mappings", _mappings)
+
+    async def restore(
+        self,
+        rows: Mapping[MappingId, Sequence[Row]],
+        leases: Sequence[Lease],
+        documents: Mapping[str, Mapping[str, Any] | None],
+    ) -> bool:
+        """Put these rows in place of all that these mappings have, and documents (None: deleted), all or none; a row's
+        `saved_at` is kept, inf means now. False, nothing done: `leases` are not all their rows, or one is lost.
+        """
+        texts = {
+            key: None if document is None else json.dumps(document, allow_nan=False)
+            for key, document in documents.items()
+        }
+        put = {mapping: tuple(found) for mapping, found in rows.items()}
+        return await self._ask("restore", _restore, put, tuple(leases), texts)
+
     async def put_document(self, key: str, document: Mapping[str, Any]) -> None:
         """Keep a JSON document under a key. TypeError, ValueError: it is not JSON."""
         await self._ask("put_document", _put_document, key, json.dumps(document, allow_nan=False))
@@ -136,6 +158,10 @@ class SqliteStore:
     async def documents(self, prefix: str) -> dict[str, dict[str, Any]]:
         """Every document whose key starts with the prefix, by key."""
         return await self._ask("documents", _documents, prefix)
+
+    async def document_keys(self, prefix: str) -> Sequence[str]:
+        """Every key that starts with the prefix, in order."""
+        return await self._ask("document_keys", _document_keys, prefix)
 
     async def prune_documents(self, prefix: str, keep: int) -> None:
         """Delete all but the last `keep` documents, in the order of their keys, whose key starts with the prefix."""
@@ -494,6 +520,47 @@ def _forget(connection: sqlite3.Connection, mapping: MappingId, shards: Sequence
         )
 
 
+def _mappings(connection: sqlite3.Connection) -> list[MappingId]:
+    return [mapping for (mapping,) in connection.execute("SELECT DISTINCT mapping FROM shards ORDER BY mapping")]
+
+
+def _restore(
+    connection: sqlite3.Connection,
+    rows: Mapping[MappingId, Sequence[Row]],
+    leases: Sequence[Lease],
+    texts: Mapping[str, str | None],
+) -> bool:
+    found = {
+        Lease(mapping, *held)
+        for mapping in rows
+        for held in connection.execute("SELECT shard, owner, token FROM shards WHERE mapping = ?", (mapping,))
+    }
+    if found != set(leases):
+        return False
+    for mapping, put in rows.items():
+        _forget(connection, mapping, None)
+        connection.executemany(
+            """
+            INSERT INTO shards (
+                position_kind, position_value, resume, tumbling, mapping, shard, owner, token, parents, updated_at
+            ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, COALESCE(datetime(?, 'unixepoch'), CURRENT_TIMESTAMP))
+            """,
+            [
+                (
+                    *(*_columns(row.checkpoint), mapping, row.shard, row.owner, row.token, json.dumps(row.parents)),
+                    row.saved_at if isfinite(row.saved_at) else None,
+                )
+                for row in put
+            ],
+        )
+    for key, text in texts.items():
+        if text is None:
+            _delete_document(connection, key)
+        else:
+            _put_document(connection, key, text)
+    return True
+
+
 def _put_document(connection: sqlite3.Connection, key: str, text: str) -> None:
     connection.execute(
         """
@@ -522,9 +589,13 @@ def _documents(connection: sqlite3.Connection, prefix: str) -> dict[str, dict[st
     return found
 
 
+def _document_keys(connection: sqlite3.Connection, prefix: str) -> list[str]:
+    rows = connection.execute("SELECT key FROM documents WHERE key >= ? ORDER BY key", (prefix,))
+    return [key for (key,) in takewhile(lambda row: row[0].startswith(prefix), rows)]
+
+
 def _prune_documents(connection: sqlite3.Connection, prefix: str, keep: int) -> None:
-    keys = [key for (key,) in connection.execute("SELECT key FROM documents WHERE key >= ? ORDER BY key", (prefix,))]
-    found = [key for key in keys if key.startswith(prefix)]
+    found = _document_keys(connection, prefix)
     connection.executemany(
         "DELETE FROM documents WHERE key = ?", [(key,) for key in found[: max(0, len(found) - keep)]]
     )

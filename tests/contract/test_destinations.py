@@ -259,7 +259,7 @@ def name_of(kind: str, destination: Any) -> str:
         case "file":
             return str(destination._directory)
         case _:
-            return str(destination._service.arn)
+            return str(destination._service.where)
 
 
 async def test_an_objects_key_and_type(account: str, connect: Connect) -> None:  # noqa: F811

@@ -455,6 +455,17 @@ async def test_one_bad_request_fails_alone(store: CheckpointStore) -> None:
     assert await store.load(OTHER) == {}
 
 
+async def test_keys_are_listed_in_order(store: CheckpointStore) -> None:
+    """Those that begin with the prefix, wildcards of SQL and neighbours in the order being nothing special."""
+    for key in ("d/b/2", "d/a/1", "d/%/1", "d/a_1", "d0", "c/z"):
+        await store.put_document(key, {"n": "x" * 100})
+    assert list(await store.document_keys("d/")) == ["d/%/1", "d/a/1", "d/a_1", "d/b/2"]
+    assert list(await store.document_keys("d/a/1")) == ["d/a/1"]
+    assert list(await store.document_keys("d/%")) == ["d/%/1"]
+    assert list(await store.document_keys("e")) == []
+    assert len(await store.document_keys("")) == 6
+
+
 async def test_the_oldest_documents_are_pruned(store: CheckpointStore) -> None:
     """By the order of their keys, those of other prefixes left alone."""
     for number in range(5):

@@ -85,6 +85,7 @@ class Plan:
     tumbling: float = 0.0
     has_destination: bool = False
     is_filtered: bool = False
+    retunes: int = 0  # changes of the mapping while it runs
 
     @classmethod
     def of(cls, rng: random.Random) -> "Plan":
@@ -112,7 +113,9 @@ class Plan:
             # Nothing is given up, so that a final state must count every record of its window.
             plan = replace(plan, tumbling=rng.choice([2.0, 7.0]), factor=1, attempts=-1, max_age=-1)
         is_filtered = rng.random() < 0.3 and not plan.tumbling  # AWS allows but one of them
-        return replace(plan, has_destination=rng.random() < 0.6, is_filtered=is_filtered)
+        has_destination = rng.random() < 0.6
+        retunes = rng.choice([0, 0, 1, 4])
+        return replace(plan, has_destination=has_destination, is_filtered=is_filtered, retunes=retunes)
 
 
 @dataclass
@@ -133,6 +136,10 @@ class World:
         self.plan = Plan.of(self.rng)
         self.clock = VirtualClock(loop)
         self.store = MemoryStore()
+        self.mapping = mapping_of(self.plan)
+        self.node: Node | None = None  # that lives now
+        self.retuned = 0
+        self.most = self.plan.size  # records of one batch, of any version of the mapping
         self.shards: dict[str, SimShard] = {}
         self.shard_of: dict[str, str] = {}
         self.key_of: dict[str, str] = {}
@@ -205,6 +212,19 @@ class World:
         for name, row in (await self.store.load("m-1")).items():
             if row.checkpoint.position.kind is PositionKind.END and self.shards[name].is_closed:
                 self.expired.add(name)
+
+    def retune(self) -> None:
+        """The mapping is changed: in what a worker takes over as it is, or in what takes new workers."""
+        rng, batch, retry = self.rng, self.mapping.batch, self.mapping.retry
+        batch = replace(batch, size=rng.choice([1, 3, 10, 100]), window=rng.choice([0.0, 0.5, 3.0]))
+        function = self.mapping.function
+        if not self.plan.tumbling:
+            batch = replace(batch, factor=rng.choice([batch.factor, batch.factor, 1, 2, 4]))
+            retry = replace(retry, attempts=rng.choice([retry.attempts, -1, 2]))
+        if rng.random() < 0.3:
+            function = replace(function, name=rng.choice("fg"))
+        self.most = max(self.most, batch.size)
+        self.mapping = replace(self.mapping, batch=batch, retry=retry, function=function)
 
     # --- the ledger
 
@@ -347,7 +367,7 @@ class Node:
             owner=self.name,
         )
         self.supervisor = Supervisor(context, NodePlumbing(self))
-        self.supervisor.want(Wanted(mapping_of(world.plan)))
+        self.supervisor.want(Wanted(world.mapping))
         self.task = tasks.create_task(self._run(self.supervisor, checkpointer))
 
     async def _run(self, supervisor: Supervisor, checkpointer: Checkpointer) -> None:
@@ -556,7 +576,7 @@ class NodeTarget:
         records = event["Records"]
         if not records and not event.get("isFinalInvokeForWindow"):
             raise Violation("an invocation without records")
-        assert len(records) <= world.plan.size
+        assert len(records) <= world.most
         assert len(call.payload) <= (5000 if world.plan.tumbling else 3000) or len(records) == 1
         world.begin_call(call, records)
         await asyncio.sleep(0.01 if world.is_healed else world.rng.choice([0.0, 0.01, 0.3, 2.0]))
@@ -674,6 +694,10 @@ class NodeStore:
         await self._before()
         return await self.inner.documents(prefix)
 
+    async def document_keys(self, prefix: str) -> list[str]:
+        await self._before()
+        return await self.inner.document_keys(prefix)
+
     async def put_document(self, key: str, document: dict[str, Any]) -> None:
         await self._before()
         await self.inner.put_document(key, document)
@@ -687,3 +711,13 @@ class NodeStore:
     async def forget(self, mapping: str, shards: list[str] | None = None) -> None:
         await self._before()
         await self.inner.forget(mapping, shards)
+
+    async def mappings(self) -> list[str]:
+        await self._before()
+        return await self.inner.mappings()
+
+    async def restore(self, rows: Any, leases: list[Lease], documents: dict[str, Any]) -> bool:
+        await self._before()
+        done = await self.inner.restore(rows, leases, documents)
+        await self._after()
+        return done

@@ -1,0 +1,5 @@
+"""`poller redrive`: what a failure destination holds is delivered again."""
+
+from poller.redrive.run import Options, run
+
+__all__ = ["Options", "run"]
