@@ -162,6 +162,14 @@ class ShardFlow:
         self._sealed = False
         self._stopped = False
 
+    def retune(self, batch: BatchPolicy, retry: RetryPolicy) -> None:
+        """Other limits from now on; the number of lanes and tumbling windows must stay. A batch that was taken keeps
+        its records and its attempts; the limits of retries and age hold for it too.
+        """
+        assert (batch.factor, batch.tumbling) == (self._policy.factor, self._policy.tumbling)
+        self._policy = batch
+        self._retry = retry
+
     # --- in
 
     @property

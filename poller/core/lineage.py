@@ -62,8 +62,10 @@ def is_done(row: Row) -> bool:
 
 
 def _first_position(start: Position, closed: bool, at: float) -> Position:
-    """TRIM_HORIZON and AT_TIMESTAMP read closed shards too; LATEST means the tip of the open ones at `at`."""
-    if start.kind is not PositionKind.LATEST:
+    """TRIM_HORIZON and AT_TIMESTAMP read closed shards too; LATEST means the tip of the open ones at `at`. LATEST with
+    a moment of its own may lie before the end of shards that are closed by now.
+    """
+    if start.kind is not PositionKind.LATEST or start.value:
         return start
     return END if closed else Position(PositionKind.LATEST, repr(at))
 

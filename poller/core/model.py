@@ -435,6 +435,8 @@ class MappingStatus:
 
     `retention`: seconds that the source keeps a record, None when unknown or a queue. `breaker`: closed, open, probing.
     `receivers` and `receiver_limit`: a queue's receive loops now, and how many there may be now; None for streams.
+    `seek_pending`: its positions are to be moved, once it runs. `last_result`: LastProcessingResult. `declared_in`: the
+    config file that declares it, None when it was made through the API.
     """
 
     id: MappingId
@@ -448,6 +450,9 @@ class MappingStatus:
     retention: float | None = None
     receivers: int | None = None
     receiver_limit: int | None = None
+    seek_pending: bool = False
+    last_result: str = ""
+    declared_in: str | None = None
     shards: tuple[ShardStatus, ...] = ()
 
 

@@ -24,14 +24,17 @@ class Scaling:
     """
 
     def __init__(self, lowest: int, ceiling: int, growth: float) -> None:
-        self._lowest = lowest
-        self._ceiling = ceiling
-        self._growth = growth / 60
-        self._initial = float(max(lowest, min(INITIAL, ceiling)))
-        self._level = self._initial
+        self._level = float(max(lowest, min(INITIAL, ceiling)))
+        self.retune(lowest, ceiling, growth)
         self._health = 1.0
         self._grown_to = inf  # until when growth is counted in; inf: there is no reason to grow
         self._cut_at = -inf
+
+    def retune(self, lowest: int, ceiling: int, growth: float) -> None:
+        """Other bounds from now on; what was learned about the target stays."""
+        self._lowest, self._ceiling, self._growth = lowest, ceiling, growth / 60
+        self._initial = float(max(lowest, min(INITIAL, ceiling)))
+        self._level = max(float(lowest), min(self._level, float(ceiling)))
 
     def limit(self, now: float) -> int:
         """Loops that there may be."""

@@ -1,8 +1,9 @@
 """What all runners of a process share."""
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from poller.core.model import Mapping, Record, StreamTraits
 from poller.core.retry import Backoff
@@ -39,6 +40,30 @@ class LastResult:
         self.text = "No records processed"
 
 
+class Calls:
+    """Invocations that run over a pipe: its target may be closed when there are none."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def begin(self) -> None:
+        """One starts."""
+        self._count += 1
+        self._none.clear()
+
+    def end(self) -> None:
+        """One has ended."""
+        self._count -= 1
+        if self._count == 0:
+            self._none.set()
+
+    async def over(self) -> None:
+        """Wait until none runs."""
+        await self._none.wait()
+
+
 @dataclass(frozen=True, slots=True)
 class Pipe:
     """One mapping with what it is connected to. The sources are opened anew at each start of the mapping.
@@ -56,3 +81,4 @@ class Pipe:
     open_queue: Callable[[], Awaitable[QueueSource]]
     matches: Callable[[Record], bool] | None = None
     destination: Destination | None = None
+    calls: Calls = field(default_factory=Calls, compare=False)

@@ -24,13 +24,16 @@ def discarded_key(mapping: MappingId, at: float | None = None, unique: str = "")
 
 
 class Discards:
-    """Gives up batches of one shard. `reporting`: the lanes whose report is on its way; a stop lets it arrive."""
+    """Gives up batches of one shard. `reporting`: the lanes whose report is on its way; a stop lets it arrive.
+
+    `pipe` may be replaced: the next try of a report goes to its destination.
+    """
 
     def __init__(self, context: Context, pipe: Pipe, shard: ShardId) -> None:
         self.reporting: set[int] = set()
         self.is_stopped = False
         self._context = context
-        self._pipe = pipe
+        self.pipe = pipe
         self._names = {"mapping": pipe.mapping.id, "function": pipe.mapping.function.name, "shard": shard}
         self._shard = shard
         self._kept = 0
@@ -42,7 +45,7 @@ class Discards:
         """
         clock = self._context.clock
         notice = Notice(
-            mapping=self._pipe.mapping,
+            mapping=self.pipe.mapping,
             shard=self._shard,
             records=discard.records,
             reason=discard.reason,
@@ -74,7 +77,7 @@ class Discards:
             reason=discard.reason.value,
             attempts=discard.attempts,
             request_id=notice.request_id,
-            reported=self._pipe.destination is not None,
+            reported=self.pipe.destination is not None,
             **self._names,
             **extent(discard.records),
         )
@@ -85,7 +88,7 @@ class Discards:
         The store comes first: `redrive` finds there which records of the failure record's range were meant, and the
         payload that did not fit into it. A crash in between leaves an entry without a record, never the reverse.
         """
-        destination, observer = self._pipe.destination, self._pipe.observer
+        destination, observer = self.pipe.destination, self.pipe.observer
         made = notices.report(notice, destination.limit) if destination else None
         self.reporting.add(lane)
         try:

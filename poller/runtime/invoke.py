@@ -51,9 +51,11 @@ async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, batch: Batch, sha
     )
     started = clock.now()
     pipe.observer.invoking(1)
+    pipe.calls.begin()
     try:
         reply = await pipe.target.invoke(call)
     finally:
+        pipe.calls.end()
         pipe.observer.invoking(-1)
     outcome = judge(
         reply,

@@ -9,7 +9,7 @@ from math import inf
 
 import structlog
 
-from poller.core.model import Failed, Outcome, ShardStatus, Throttled
+from poller.core.model import Failed, Mapping, Outcome, ShardStatus, Throttled
 from poller.core.scaling import Scaling
 from poller.errors import PollerError, SourceThrottled
 from poller.ports import QueueSource
@@ -31,10 +31,15 @@ _LOOK_AT_QUEUE = 300.0  # how often the queue's own visibility timeout is asked 
 _MOST_SEEKING = 40  # loops that receive at once: more replies than that a process cannot read
 
 
+def _shape(mapping: Mapping) -> tuple[object, ...]:
+    return mapping.source, mapping.queue.circuit_breaker, mapping.batch.window > 0
+
+
 class QueueRunner:
     """Implements `Runner` for SQS, and `Pool` for its loops."""
 
     retention: float | None = None
+    is_settled = True  # it has no positions
 
     def __init__(self, context: Context, pipe: Pipe) -> None:
         self.is_reached = False
@@ -51,6 +56,7 @@ class QueueRunner:
         self._circuit = Circuit(context.clock, context.backoff) if policy.circuit_breaker else None
         self._source: QueueSource | None = None
         self._queue: Queue | None = None
+        self._timeout = 0.0  # the queue's own visibility timeout
         self._deletes: Deletes | None = None
         self._keeper: VisibilityKeeper | None = None
         self._services: list[asyncio.Task[None]] = []
@@ -65,6 +71,23 @@ class QueueRunner:
     def stop(self, grace: float = inf) -> None:
         """See `Runner.stop`."""
         self._stopping.ask(grace)
+
+    def retune(self, pipe: Pipe) -> bool:
+        """See `Runner.retune`. A circuit, and whether there is a window, are for the whole life of a runner."""
+        was, mapping = self._mapping, pipe.mapping
+        if _shape(was) != _shape(mapping):
+            return False
+        now = self._clock.now()
+        self._scaling.limit(now)  # growth until now was under the old bounds
+        self._pipe, self._mapping = pipe, mapping
+        policy = mapping.queue
+        self._scaling.retune(policy.floor, policy.ceiling, policy.growth)
+        if self._queue is not None:
+            self._queue.pipe = pipe
+            self._plan_visibility(self._timeout)
+            for _ in range(policy.floor):
+                self._want(is_hot=False)
+        return True
 
     def shards(self) -> tuple[ShardStatus, ...]:
         """A queue has none."""
@@ -202,6 +225,7 @@ class QueueRunner:
                 _log.debug("visibility_timeout_unknown", mapping=self._mapping.id, error=str(error))
 
     def _plan_visibility(self, timeout: float) -> None:
+        self._timeout = timeout
         window, function_timeout = self._mapping.batch.window, self._pipe.target.timeout
         needed = window + function_timeout
         visibility = max(timeout, _LEAST_VISIBILITY)

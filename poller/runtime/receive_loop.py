@@ -15,13 +15,12 @@ from typing import Protocol
 import structlog
 
 from poller.core.flow import split
-from poller.core.model import Batch, Delivered, Failed, Outcome, Partial, Record, Throttled
+from poller.core.model import Batch, Delivered, Failed, Mapping, Outcome, Partial, Record, Throttled
 from poller.errors import PollerError, SourceThrottled
-from poller.ports import Clock, QueueSource
+from poller.ports import QueueSource
 from poller.runtime.circuit import Circuit
 from poller.runtime.context import Context, Pipe
 from poller.runtime.deletes import Deletes
-from poller.runtime.gate import Gate
 from poller.runtime.invoke import invoke
 from poller.runtime.runner import Stopping
 from poller.runtime.visibility import LONGEST
@@ -93,9 +92,9 @@ class Pool(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Queue:
-    """What the loops of one queue share."""
+    """What the loops of one queue share. `pipe` may be replaced: the next batch goes over it."""
 
     context: Context
     pipe: Pipe
@@ -108,17 +107,23 @@ class Queue:
 class _Turn:
     """The right to call the function once: one of its slots and, where it has a rate, a permit."""
 
-    __slots__ = ("_clock", "_gate", "_has_slot", "_stamp", "_taken_at")
+    __slots__ = ("_clock", "_gate", "_has_slot", "_queue", "_stamp", "_taken_at")
 
-    def __init__(self, gate: Gate, clock: Clock) -> None:
-        self._gate = gate
-        self._clock = clock
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._gate = queue.pipe.gate
+        self._clock = queue.context.clock
         self._has_slot = False
         self._stamp: float | None = None
         self._taken_at = -inf
 
     async def slot(self) -> None:
-        """Take a slot."""
+        """Take a slot, of the gate that counts now."""
+        while self._gate is not self._queue.pipe.gate:
+            self.end()
+            self._gate = self._queue.pipe.gate
+            await self._gate.acquire()
+            self._has_slot = True
         if not self._has_slot:
             await self._gate.acquire()
             self._has_slot = True
@@ -165,9 +170,8 @@ class ReceiveLoop:
         self._queue = queue
         self._pool = pool
         self._clock = queue.context.clock
-        self._mapping = queue.pipe.mapping
         self._stopped = queue.stopping.asked
-        self._turn = _Turn(queue.pipe.gate, self._clock)
+        self._turn = _Turn(queue)
         self._counted = 0  # bytes of `held` in the budget
         self._failures = 0
 
@@ -483,6 +487,10 @@ class ReceiveLoop:
     async def _sleep(self, seconds: float) -> None:
         """Until a stop at the longest."""
         await wait_until(self._stopped, self._clock, self._clock.now() + seconds)
+
+    @property
+    def _mapping(self) -> Mapping:
+        return self._queue.pipe.mapping
 
     @property
     def _names(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ import structlog
 
 from poller.core.model import Mapping, ShardStatus
 from poller.ports import Clock
+from poller.runtime.context import Pipe
 
 _log = structlog.get_logger(__name__)
 
@@ -18,6 +19,8 @@ class Runner(Protocol):
 
     is_reached: bool
     """The source has answered at least once."""
+    is_settled: bool
+    """No order to move positions is left to be carried out."""
 
     @property
     def problem(self) -> str:
@@ -50,6 +53,12 @@ class Runner(Protocol):
 
     def stop(self, grace: float = inf) -> None:
         """Begin nothing new; what is in flight has `grace` seconds. May be called again with less."""
+        ...
+
+    def retune(self, pipe: Pipe) -> bool:
+        """Go on over another pipe, whose mapping may differ in anything but its source: what is in flight ends over the
+        old one, what begins uses the new one. False: that takes a new runner, and nothing was changed.
+        """
         ...
 
     def shards(self) -> tuple[ShardStatus, ...]:

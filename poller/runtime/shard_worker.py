@@ -134,6 +134,18 @@ class ShardWorker:
                 del self._lanes[lane]  # not left to the task: one that has not begun yet never gets to its `finally`
         self._wake.set()
 
+    def retune(self, pipe: Pipe) -> None:
+        """Go on with other limits, filters, target or destination; what is in flight ends as it began. One that was
+        stopped, perhaps because it cannot take over another change, only lets it end.
+        """
+        if self._is_stopped:
+            return
+        self._pipe = self._discards.pipe = pipe
+        self.observer = pipe.observer
+        self._flow.retune(pipe.mapping.batch, pipe.mapping.retry)
+        self._wake.set()
+        self._room.set()
+
     def lose_lease(self) -> None:
         """Somebody else owns the shard: `run` cuts off what is in flight and returns; nothing more is written."""
         self.is_lost = True
@@ -197,12 +209,16 @@ class ShardWorker:
         """Work off a lane while it is due: a slot first, then the work."""
         try:
             while self._flow.due_at()[lane] <= self._clock.now():  # else it would queue for a slot in vain
-                async with self._pipe.gate as permit:
+                gate = self._pipe.gate
+                async with gate as permit:
+                    if gate is not self._pipe.gate:  # retuned meanwhile
+                        gate.refund(permit)
+                        continue
                     work = self._flow.take(lane, self._clock.now())
                     if isinstance(work, Batch):
                         await self._invoke(work)
                     else:
-                        self._pipe.gate.refund(permit)
+                        gate.refund(permit)
                 if isinstance(work, Discard):
                     await self._discards.give_up(self._flow, work, self._failures.pop(lane, None))
                     self._settled()

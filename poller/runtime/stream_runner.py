@@ -6,6 +6,7 @@ BLOCKED --parents done--> OPEN --lease--> (shard_worker) --ended--> DONE
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from math import inf
 
@@ -17,7 +18,10 @@ from poller.core.model import (
     TRIM_HORIZON,
     Checkpoint,
     Lease,
+    Listing,
+    Mapping,
     MappingId,
+    Position,
     PositionKind,
     Row,
     ShardId,
@@ -41,6 +45,13 @@ FRESH = 1.0  # how long after its row a LATEST iterator still means the same mom
 _RELEASE_TRIES = 5
 
 
+def seek_key(mapping: MappingId) -> str:
+    """The store's document that says where a mapping is to go on, until that has been carried out: `orders`, each
+    `{kind, value, shard, by}`; `shard` empty for all of them, `by` for the audit line.
+    """
+    return f"seek/{mapping}"
+
+
 def stream_key(mapping: MappingId) -> str:
     """The store's document that says which stream the positions of a mapping belong to."""
     return f"stream/{mapping}"
@@ -52,6 +63,16 @@ def _is_replaced(known: dict[str, str], now: dict[str, str]) -> bool:
     return bool(known["incarnation"] and now["incarnation"]) and known["incarnation"] != now["incarnation"]
 
 
+def _shape(mapping: Mapping) -> tuple[object, ...]:
+    """What a worker cannot change while it works."""
+    return mapping.batch.factor, mapping.batch.tumbling, mapping.function
+
+
+def spelled(position: Position) -> str:
+    """As the audit lines have it."""
+    return f"{position.kind} {position.value}".strip()
+
+
 class StreamRunner:
     """Implements `Runner` for Kinesis and DynamoDB Streams."""
 
@@ -61,6 +82,7 @@ class StreamRunner:
 
     def __init__(self, context: Context, pipe: Pipe) -> None:
         self.is_reached = False
+        self.is_settled = False
         self.retention: float | None = None
         self._context = context
         self._clock = context.clock
@@ -78,6 +100,8 @@ class StreamRunner:
         self._fresh: dict[ShardId, float] = {}  # LATEST rows that this runner created, and when
         self._gone: set[ShardId] = set()  # shards that the source denied to know
         self._failures: dict[ShardId, int] = {}
+        self._using: Counter[StreamSource] = Counter()  # shards at work with each source
+        self._retired: list[StreamSource] = []  # sources that a retune replaced; shards may still be at work with them
 
     @property
     def problem(self) -> str:
@@ -87,6 +111,27 @@ class StreamRunner:
     def stop(self, grace: float = inf) -> None:
         """See `Runner.stop`."""
         self._stopping.ask(grace)
+
+    def retune(self, pipe: Pipe) -> bool:
+        """See `Runner.retune`. Another number of lanes or tumbling window, and another function, whose role is in the
+        records, take new workers: each shard changes over when what it has in flight has ended, no shard waits for
+        another. All else is taken over at once.
+        """
+        was, mapping = self._mapping, pipe.mapping
+        if was.source != mapping.source:
+            return False
+        self._pipe, self._mapping = pipe, mapping
+        if _shape(was) == _shape(mapping):
+            for worker in self._workers.values():
+                worker.retune(pipe)
+            return True
+        if self._source is not None:
+            self._retired.append(self._source)
+            self._source = None
+        for worker in self._workers.values():
+            worker.stop()
+        self._list_now.set()
+        return True
 
     def shards(self) -> tuple[ShardStatus, ...]:
         """Workers first, then the shards that have none."""
@@ -103,8 +148,9 @@ class StreamRunner:
         try:
             await self._run()
         finally:
-            if self._source is not None:
-                await self._source.close()
+            for source in (*self._retired, self._source):
+                if source is not None:
+                    await source.close()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -125,6 +171,10 @@ class StreamRunner:
         failures = 0
         while True:
             self._list_now.clear()
+            for source in [source for source in self._retired if not self._using[source]]:
+                self._retired.remove(source)
+                del self._using[source]
+                await source.close()
             try:
                 if self._source is None:
                     self._source = await self._pipe.open_stream()
@@ -148,6 +198,8 @@ class StreamRunner:
             await self._identify(source)
         self.is_reached = True
         store, mapping = self._context.store, self._mapping.id
+        while not self.is_settled:
+            self.is_settled = await self._seek(listing)
         plan = lineage.plan(listing, await store.load(mapping), self._start)
         if plan.create:
             await store.create(mapping, plan.create)
@@ -169,6 +221,39 @@ class StreamRunner:
             if shard not in self._tasks:
                 has_expired = shard in self._gone and shard not in listed
                 self._tasks[shard] = tasks.create_task(self._run_shard(source, rows[shard], has_expired=has_expired))
+
+    async def _seek(self, listing: Listing) -> bool:
+        """Carry out the first thing that an operator asked for. True: nothing is left.
+
+        Done again from its start after a crash: the order stands in the store until the new positions do.
+        """
+        store, mapping, key = self._context.store, self._mapping.id, seek_key(self._mapping.id)
+        document = (await store.documents(key)).get(key)
+        if document is None:
+            return True
+        order, *rest = document["orders"]
+        to, shard = Position(PositionKind(order["kind"]), order["value"]), order["shard"]
+        rows = await store.load(mapping)
+        if not shard:
+            await store.forget(mapping)
+            await store.create(mapping, lineage.plan(listing, {}, to).create)
+        elif shard in rows:
+            lease = await store.acquire(mapping, rows[shard], self._context.owner)
+            if lease is None:
+                raise StoreUnavailable(f"the lease of shard {shard} changed hands; the seek waits")
+            await store.release(lease, Checkpoint(to))
+        else:
+            reason = "the mapping has no such shard any more"
+            self._log(_log.error, "seek_dropped", shard=shard, by=order["by"], reason=reason)
+        for row in rows.values():
+            if shard in {"", row.shard}:
+                was, now = spelled(row.checkpoint.position), spelled(to)
+                self._log(_log.warning, "position_moved", shard=row.shard, by=order["by"], was=was, now=now)
+        if rest:
+            await store.put_document(key, {"orders": rest})
+        else:
+            await store.delete_document(key)
+        return not rest
 
     async def _identify(self, source: StreamSource) -> None:
         """Is it still the stream that the stored positions belong to? Positions of a stream that was deleted and made
@@ -207,6 +292,7 @@ class StreamRunner:
     async def _run_shard(self, source: StreamSource, row: Row, *, has_expired: bool) -> None:
         """One life of a shard's worker. Whatever goes wrong ends here and is tried again from the stored position."""
         shard = row.shard
+        self._using[source] += 1
         try:
             is_well = await self._work(source, row, has_expired=has_expired)
         except StoreUnavailable as error:
@@ -217,6 +303,7 @@ class StreamRunner:
             self._log(_log.error, "shard_crashed", shard=shard, exc_info=error)
             if shard in self._workers:
                 await self._release(self._workers[shard], None)
+        self._using[source] -= 1
         if is_well:
             self._failures.pop(shard, None)
         else:
@@ -233,7 +320,7 @@ class StreamRunner:
         lease = await self._context.store.acquire(self._mapping.id, row, self._context.owner)
         if lease is None:
             return False
-        if self._stopping.asked.is_set():
+        if self._stopping.asked.is_set() or source is not self._source:
             await self._context.store.release(lease, None)
             return True
         if has_expired:

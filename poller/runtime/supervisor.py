@@ -1,9 +1,9 @@
 """Desired mappings -> running mappings. One keeper task per mapping, so that none waits for another.
 
-desired ----> Enabled:  a runner works --------------+
-   ^  |                                              | the desired mapping changed: the runner stops,
-   |  +-----> Disabled: nothing runs                 | what is in flight ends, the keeper looks again
-   +-------------------------------------------------+
+desired ----> Enabled:  a runner works --+--- changed, and the runner can take it: goes on over another pipe
+   ^  |                                  |
+   |  +-----> Disabled: nothing runs     +--- else it stops, what is in flight ends, the keeper looks again --+
+   +----------------------------------------------------------------------------------------------------------+
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from poller.errors import PollerError, StoreUnavailable
 from poller.runtime.context import TROUBLE_MAXIMUM, Context, LastResult, Pipe
 from poller.runtime.queue_runner import QueueRunner
 from poller.runtime.runner import Runner
-from poller.runtime.stream_runner import StreamRunner, stream_key
+from poller.runtime.stream_runner import StreamRunner, seek_key, stream_key
 from poller.runtime.waiting import wait_until
 
 _log = structlog.get_logger(__name__)
@@ -59,7 +59,8 @@ def _leaf(error: BaseException) -> str:
 
 
 class _Kept:
-    """One mapping under a keeper. `wanted` None: stop for good; `forget`: and delete its positions.
+    """One mapping under a keeper. `wanted` None: stop for good; `forget`: and delete its positions. `begin_anew`: the
+    runner is to be replaced although nothing has changed.
 
     `mapping` is the last one wanted, for status; `problem` what keeps a runner from being made.
     """
@@ -68,6 +69,8 @@ class _Kept:
         self.wanted: Wanted | None = wanted
         self.mapping = wanted.mapping
         self.forget = False
+        self.begin_anew = False
+        self.is_sought = False  # its positions are to be moved, and are not yet
         self.state = "Creating"
         self.problem = ""
         self.is_reached = False  # by any runner of this mapping since the start
@@ -125,7 +128,17 @@ class Supervisor:
             kept.state = "Updating"
         else:
             kept.state = "Enabling" if wanted.mapping.enabled else "Disabling"
-        self._interrupt(kept, inf)
+        kept.changed.set()
+
+    def begin_anew(self, mapping: MappingId) -> None:
+        """The store has an order to move its positions: let what is in flight end, then carry it out."""
+        kept = self._kept.get(mapping)
+        if kept is None:
+            return
+        kept.is_sought = True
+        if kept.runner is not None:
+            kept.begin_anew, kept.state = True, "Updating"
+            kept.changed.set()
 
     def remove(self, mapping: MappingId, *, forget: bool) -> None:
         """Stop a mapping for good; it is gone when its `state` is None. `forget` deletes its positions too."""
@@ -162,18 +175,61 @@ class Supervisor:
             await self._finish(kept)
 
     async def _run(self, kept: _Kept, wanted: Wanted) -> None:
+        """One life of a runner. Its pipe changes under it as long as it can take that."""
         pipe = await self._plumbing.connect(wanted, kept.result)
-        kept.problem = ""
+        kept.problem, kept.begin_anew = "", False
+        failures, delay = 0, inf
         try:
-            if kept.wanted is wanted:
-                make = StreamRunner if wanted.mapping.source.kind.is_stream else QueueRunner
-                kept.runner = make(self._context, pipe)
-                kept.state = "Enabled"
-                await kept.runner.run()
+            if kept.wanted is not wanted:
+                return
+            make = StreamRunner if wanted.mapping.source.kind.is_stream else QueueRunner
+            runner: Runner = make(self._context, pipe)
+            kept.runner, kept.state = runner, "Enabled"
+            async with asyncio.TaskGroup() as tasks:
+                work = tasks.create_task(runner.run())
+                while await self._changes(kept, work, delay):
+                    kept.changed.clear()
+                    changed, delay = kept.wanted, inf
+                    if changed is None or not changed.mapping.enabled or kept.begin_anew:
+                        runner.stop()
+                        continue
+                    if changed != wanted:
+                        try:
+                            other = await self._plumbing.connect(changed, kept.result)
+                        except PollerError as error:  # the old one goes on meanwhile
+                            failures += 1
+                            delay = self._context.trouble.delay(failures)
+                            kept.problem = str(error)
+                            self._log_crash(kept, error)
+                            continue
+                        if not runner.retune(other):
+                            await self._plumbing.disconnect(other)
+                            runner.stop()
+                            continue
+                        tasks.create_task(self._retire(pipe))
+                        pipe, wanted = other, changed
+                    failures, kept.problem, kept.state = 0, "", "Enabled"
         finally:
             if kept.runner is not None:
                 kept.is_reached = kept.is_reached or kept.runner.is_reached
                 kept.runner = None
+            await self._plumbing.disconnect(pipe)
+
+    @staticmethod
+    async def _changes(kept: _Kept, work: asyncio.Task[None], delay: float) -> bool:
+        """Wait until something else is wanted, or for so many seconds. False: the runner has ended."""
+        async with asyncio.TaskGroup() as tasks:
+            changed = tasks.create_task(kept.changed.wait())
+            timeout = None if delay == inf else delay
+            await asyncio.wait({work, changed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+        return not work.done()
+
+    async def _retire(self, pipe: Pipe) -> None:
+        """Give a pipe up when the last invocation over it has ended, or is cut off."""
+        try:
+            await pipe.calls.over()
+        finally:
             await self._plumbing.disconnect(pipe)
 
     def _log_crash(self, kept: _Kept, error: Exception) -> None:
@@ -192,6 +248,7 @@ class Supervisor:
             try:
                 await store.forget(kept.mapping.id)
                 await store.delete_document(stream_key(kept.mapping.id))
+                await store.delete_document(seek_key(kept.mapping.id))
                 break
             except StoreUnavailable as error:
                 failures += 1
@@ -218,18 +275,21 @@ class Supervisor:
 
     def _status_of(self, kept: _Kept) -> MappingStatus:
         runner, mapping = kept.runner, kept.mapping
+        if runner is not None and runner.is_settled and not kept.begin_anew:
+            kept.is_sought = False
         return MappingStatus(
             id=mapping.id,
             function=mapping.function.name,
             source=mapping.source.kind,
             source_arn=mapping.source.arn,
             state=kept.state,
-            reason=runner.problem if runner else kept.problem,
+            reason=kept.problem or (runner.problem if runner else ""),
             in_flight=runner.in_flight() if runner else 0,
             breaker=runner.breaker if runner else "closed",
             retention=runner.retention if runner else None,
             receivers=runner.receivers if runner else None,
             receiver_limit=runner.receiver_limit if runner else None,
+            seek_pending=kept.is_sought,
             shards=runner.shards() if runner else (),
         )
 
@@ -243,7 +303,7 @@ class Supervisor:
         """Enabled mappings whose source has not answered since the start of the daemon."""
         return [
             f"mapping {kept.mapping.id} ({kept.mapping.source.arn}) has not reached its source"
-            + (f": {problem}" if (problem := kept.runner.problem if kept.runner else kept.problem) else "")
+            + (f": {problem}" if (problem := kept.problem or (kept.runner.problem if kept.runner else "")) else "")
             for kept in self._kept.values()
             if kept.mapping.enabled and kept.wanted is not None
             if not (kept.is_reached or (kept.runner and kept.runner.is_reached))

@@ -9,6 +9,7 @@ import structlog
 
 from poller.core.flow import ShardFlow
 from poller.runtime import shard_worker
+from poller.runtime.supervisor import Wanted
 from tests.sim.loop import VirtualLoop
 from tests.sim.world import SLACK, Node, Plan, World
 
@@ -29,8 +30,10 @@ async def run_world(world: World) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             producer = tasks.create_task(produce(world))
+            tuner = tasks.create_task(tune(world))
             node = await live_and_die(world, tasks)
             await producer
+            tuner.cancel()
             world.is_healed = True
             await heal(world, node)
             assert await node.stop(grace=60.0), "the last stop was not clean"
@@ -50,9 +53,21 @@ async def produce(world: World) -> None:
             await world.expire()
 
 
+async def tune(world: World) -> None:
+    """Change the mapping under load; what was done before is not repeated because of it."""
+    plan, rng = world.plan, world.rng
+    for _ in range(plan.retunes):
+        await asyncio.sleep(rng.uniform(0.0, 2 * plan.duration / plan.retunes))
+        world.retune()
+        node = world.node
+        if node is not None and node.supervisor is not None and not node.is_dead:
+            node.supervisor.want(Wanted(world.mapping))
+            world.retuned += 1
+
+
 async def live_and_die(world: World, tasks: asyncio.TaskGroup) -> Node:
     plan, rng = world.plan, world.rng
-    node = Node(world, "node-0")
+    node = world.node = Node(world, "node-0")
     node.start(tasks)
     for life in range(1, plan.kills + 1):
         born = world.clock.now()
@@ -66,7 +81,7 @@ async def live_and_die(world: World, tasks: asyncio.TaskGroup) -> Node:
             safe_until = world.clock.now()
         if not plan.store_faults:
             world.frozen.update(name for name, at in world.seen.items() if born <= at <= safe_until)
-        node = Node(world, f"node-{life}")
+        node = world.node = Node(world, f"node-{life}")
         node.start(tasks)
     return node
 
