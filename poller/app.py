@@ -8,12 +8,13 @@ import os
 import signal
 import socket
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from poller import __version__
+from poller.aws.probe import Probe
 from poller.aws.session import AwsClients
 from poller.clock import SystemClock, system_random
 from poller.config import load
@@ -23,19 +24,19 @@ from poller.core.model import Mapping, MappingId, SourceKind
 from poller.core.retry import Backoff
 from poller.destinations import Destinations
 from poller.errors import ConfigError, PollerError
-from poller.mappings import build, parse_source, resolve_function
+from poller.mappings import resolve
 from poller.ports import Clock, QueueSource, StreamSource, Target
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM, Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.supervisor import Supervisor, Wanted
-from poller.runtime.waiting import wait_until
 from poller.server.app import Server
 from poller.settings import FunctionSettings, HttpFunction, LambdaFunction, Settings
 from poller.sources import Sources, traits
 from poller.stores.sqlite import SqliteStore
 from poller.targets import open_target
 from poller.telemetry import Metrics, configure_logging
+from poller.watch import stamp, watch
 
 _log = structlog.get_logger(__name__)
 
@@ -52,8 +53,9 @@ class _Shared:
 class Connections:
     """Implements `Plumbing`: a target is opened once for each function and Region, a source for each start."""
 
-    def __init__(self, clients: AwsClients, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, clients: AwsClients, clock: Clock, metrics: Metrics, probe: Probe) -> None:
         self._clients = clients
+        self._probe = probe
         self._clock = clock
         self._metrics = metrics
         self._sources = Sources(clients, clock)
@@ -77,7 +79,7 @@ class Connections:
         shared.gate.users += 1
 
         async def open_stream() -> StreamSource:
-            return await self._sources.open_stream(mapping)
+            return await self._sources.open_stream(await self._with_role(mapping, settings))
 
         async def open_queue() -> QueueSource:
             return await self._sources.open_queue(mapping)
@@ -94,6 +96,20 @@ class Connections:
             matches=wanted_records.matches if wanted_records else None,
             destination=destination,
         )
+
+    async def _with_role(self, mapping: Mapping, settings: FunctionSettings) -> Mapping:
+        """Records of Kinesis show the function's role. That of a function that only AWS knows is asked for."""
+        if not isinstance(settings, LambdaFunction) or settings.is_configured:
+            return mapping
+        if (role := await self._probe.role(settings, mapping.source.region)) is None:
+            _log.warning(
+                "function_role_unknown",
+                mapping=mapping.id,
+                function=mapping.function.name,
+                meaning=f"records show {mapping.function.role}; the poller's credentials need lambda:GetFunction",
+            )
+            return mapping
+        return replace(mapping, function=replace(mapping.function, role=role))
 
     def _gate(self, settings: FunctionSettings, target: Target) -> Gate:
         """`max_concurrency` and `max_invocations_per_second` hold for the function in the whole daemon; the Runtime
@@ -134,7 +150,8 @@ class Daemon:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stop = asyncio.Event()
-        self._reload = asyncio.Event()
+        self._look = asyncio.Event()  # the config file may have changed
+        self._is_asked = False  # somebody wants it read whether it has or not
         self._main: asyncio.Task[None] | None = None
         self.port = 0
 
@@ -145,13 +162,18 @@ class Daemon:
             self._main.cancel()
         self._stop.set()
 
+    def reload(self) -> None:
+        """Read the config file again."""
+        self._is_asked = True
+        self._look.set()
+
     async def run(self) -> None:
         """Until `stop`. PollerError when it cannot start; CancelledError after a second stop."""
         self._main = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
         async with AsyncExitStack() as stack:
             await self._run(stack, SystemClock(loop))
 
@@ -162,7 +184,8 @@ class Daemon:
         store = await SqliteStore.open(settings.store.path, metrics.store_observer())
         stack.push_async_callback(store.close)
         clients = await stack.enter_async_context(AwsClients(settings.aws))
-        connections = Connections(clients, clock, metrics)
+        probe = Probe(clients)
+        connections = Connections(clients, clock, metrics, probe)
         stack.push_async_callback(connections.close)
         trouble = Backoff(TROUBLE_INITIAL, TROUBLE_MAXIMUM, rng.random)
         checkpointer = Checkpointer(store, clock, settings.checkpoint_interval, trouble)
@@ -177,7 +200,7 @@ class Daemon:
             owner=f"{socket.gethostname()}/{os.getpid()}/{rng.getrandbits(32):08x}",
         )
         supervisor = Supervisor(context, connections)
-        control = ControlPlane(store, supervisor)
+        control = ControlPlane(store, supervisor, probe)
         server = Server(settings.server, control, metrics, clock, rng)
         await control.load(settings)
         stack.push_async_callback(server.stop)
@@ -187,7 +210,8 @@ class Daemon:
         )
         async with asyncio.TaskGroup() as tasks:
             saver = tasks.create_task(checkpointer.run())
-            reloader = tasks.create_task(self._follow(control, metrics, clock))
+            reloader = tasks.create_task(self._follow(control, metrics))
+            watcher = tasks.create_task(watch(settings.path, self._look))
             work = tasks.create_task(supervisor.run())
             await self._stop.wait()
             _log.info("stopping", grace=settings.shutdown_grace)
@@ -196,20 +220,21 @@ class Daemon:
             await work
             saver.cancel()
             reloader.cancel()
+            watcher.cancel()
         _log.info("stopped")
 
-    async def _follow(self, control: ControlPlane, metrics: Metrics, clock: Clock) -> None:
+    async def _follow(self, control: ControlPlane, metrics: Metrics) -> None:
         """Read the config file again at each SIGHUP and when it has changed; a bad one is refused and the old one goes
-        on. Looking beats being told: a Kubernetes ConfigMap changes by a symbolic link two folders up.
+        on.
         """
-        seen = _stamp(self._settings.path)
+        seen = stamp(self._settings.path)
         while True:
-            asked = await wait_until(self._reload, clock, clock.now() + _FILE_LOOK_INTERVAL)
-            now = _stamp(self._settings.path)
-            if not asked and (now == seen or now is None):
+            await self._look.wait()
+            self._look.clear()
+            now = stamp(self._settings.path)
+            if not self._is_asked and (now == seen or now is None):
                 continue
-            seen = now
-            self._reload.clear()
+            seen, self._is_asked = now, False
             try:
                 settings = await asyncio.to_thread(load, self._settings.path)
             except ConfigError as error:
@@ -228,18 +253,6 @@ class Daemon:
             _log.info("config_reloaded", config=settings.path, mappings=len(settings.mappings))
 
 
-_FILE_LOOK_INTERVAL = 2.0
-
-
-def _stamp(path: str) -> tuple[int, int, int] | None:
-    """Changes with the file; None while there is none."""
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
-
-
 _FIXED = ("aws", "store", "server", "retry", "limits", "checkpoint_interval", "shutdown_grace")
 
 
@@ -253,9 +266,8 @@ async def check_connections(settings: Settings) -> list[str]:
             found.append(f"{settings.path}: store: {problem}")
         checked: set[tuple[FunctionSettings, str]] = set()
         for item in settings.mappings:
-            source = parse_source(item.document["EventSourceArn"])
-            spec, function = resolve_function(item.document["FunctionName"], settings.functions, source)
-            mapping = build(item.uuid, item.document, spec, settings.path)
+            mapping, function = resolve(item.uuid, item.document, settings.functions, settings.path)
+            source, spec = mapping.source, mapping.function
             place = f"{settings.path}:{item.line}"
             try:
                 await _reach(sources, mapping)

@@ -7,8 +7,10 @@ mapping API ---------+        |
 """
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
@@ -16,22 +18,27 @@ from uuid import UUID
 import structlog
 
 from poller.clock import system_random, wall_clock
-from poller.core.model import MappingId, MappingStatus, SourceKind
-from poller.errors import ApiError, StoreUnavailable
+from poller.core.model import Mapping as RunnableMapping
+from poller.core.model import MappingId, MappingStatus, PositionKind, SourceKind
+from poller.errors import ApiError, PollerError, StoreUnavailable
 from poller.mappings import (
-    build,
+    MAX_TAGS,
+    TOO_MANY_TAGS,
     check_create,
+    check_tags,
     check_update,
     describe,
+    find_mapping,
     merge_update,
     normalize,
     parse_source,
+    resolve,
     resolve_function,
 )
-from poller.ports import CheckpointStore
-from poller.runtime.stream_runner import stream_key
+from poller.ports import CheckpointStore, Probe
+from poller.runtime.stream_runner import seek_key, stream_key
 from poller.runtime.supervisor import Supervisor, Wanted
-from poller.settings import Declared, Settings
+from poller.settings import Declared, FunctionSettings, LambdaFunction, Settings
 
 _log = structlog.get_logger(__name__)
 
@@ -39,6 +46,12 @@ _MADE = "mapping/"  # store keys: API-made mappings
 _DELETED = "deleted/"  # API-made mappings whose positions are still to be deleted
 _DYNAMODB_READERS = 2  # at once of one shard (semantics 3.1)
 _TOGGLED = "enabled/"  # and `Enabled` of declared ones, set through the API
+_TAGGABLE = re.compile(
+    r"arn:aws[a-zA-Z-]*:lambda:[a-z0-9-]+:[0-9]{12}:"
+    r"(function:[a-zA-Z0-9-_]+(?::(?:\$LATEST|[a-zA-Z0-9-_]+))?|"
+    r"event-source-mapping:([0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}))"
+)
+_SEQUENCE = re.compile("[0-9]{1,128}")
 _GONE = ApiError("ResourceNotFoundException", 404, "The resource you requested does not exist.")
 
 
@@ -55,11 +68,38 @@ class _Entry:
     declared_in: str | None = None
 
 
+async def made_mappings(store: CheckpointStore) -> dict[MappingId, dict[str, Any]]:
+    """What was made through the API: `{document, modified}` of each. StoreUnavailable."""
+    return {key.removeprefix(_MADE): kept for key, kept in (await store.documents(_MADE)).items()}
+
+
+async def known_mappings(
+    settings: Settings, store: CheckpointStore | None
+) -> list[tuple[RunnableMapping, FunctionSettings]]:
+    """The mappings of the config file, then those made through the API; `enabled` as either of them last said.
+
+    For the verbs: the daemon has a ControlPlane. Without a store the file alone. StoreUnavailable.
+    """
+    toggled = await store.documents(_TOGGLED) if store else {}
+    found = []
+    for item in settings.mappings:
+        toggle = toggled.get(_TOGGLED + item.uuid)
+        is_valid = toggle is not None and toggle["declared"] == item.document["Enabled"]
+        document = {**item.document, "Enabled": toggle["enabled"]} if toggle and is_valid else item.document
+        found.append(resolve(item.uuid, document, settings.functions, settings.path))
+    made = await made_mappings(store) if store else {}
+    for uuid, kept in made.items():
+        with suppress(ValueError):  # its function was taken out of the config
+            found.append(resolve(uuid, kept["document"], settings.functions, None))
+    return found
+
+
 class ControlPlane:
     """Implements `Control`. One for the process; `load` first."""
 
-    def __init__(self, store: CheckpointStore, supervisor: Supervisor) -> None:
+    def __init__(self, store: CheckpointStore, supervisor: Supervisor, probe: Probe) -> None:
         self._store = store
+        self._probe = probe
         self._supervisor = supervisor
         self._settings = Settings(path="")
         self._entries: dict[MappingId, _Entry] = {}
@@ -75,15 +115,16 @@ class ControlPlane:
             uuid = key.removeprefix(_DELETED)
             await self._store.forget(uuid)
             await self._store.delete_document(stream_key(uuid))
+            await self._store.delete_document(seek_key(uuid))
             await self._store.delete_document(key)
-        made = await self._store.documents(_MADE)
         self._toggled = {
             key.removeprefix(_TOGGLED): toggle for key, toggle in (await self._store.documents(_TOGGLED)).items()
         }
-        for key, kept in made.items():
-            uuid = key.removeprefix(_MADE)
+        for uuid, kept in (await made_mappings(self._store)).items():
             self._entries[uuid] = _Entry(uuid, kept["document"], kept["modified"])
         await self.apply(settings)
+        for key in await self._store.document_keys(seek_key("")):
+            self._supervisor.begin_anew(key.removeprefix(seek_key("")))
 
     async def apply(self, settings: Settings) -> None:
         """Follow a config file: only mappings that it changes are touched; one that it dropped keeps its positions."""
@@ -132,9 +173,7 @@ class ControlPlane:
 
     def _want(self, entry: _Entry) -> None:
         document = {**entry.document, "Enabled": self._is_enabled(entry)}
-        source = parse_source(document["EventSourceArn"])
-        spec, function = resolve_function(document["FunctionName"], self._settings.functions, source)
-        self._supervisor.want(Wanted(build(entry.uuid, document, spec, entry.declared_in), function))
+        self._supervisor.want(Wanted(*resolve(entry.uuid, document, self._settings.functions, entry.declared_in)))
 
     def _is_enabled(self, entry: _Entry) -> bool:
         """A toggle through the API lasts until the file's own `Enabled` changes."""
@@ -193,12 +232,17 @@ class ControlPlane:
         """CreateEventSourceMapping. ApiError."""
         _refuse(check_create(document))
         normal = normalize(document)
+        await self._check_function(normal)
+        await self._probe.source(parse_source(normal["EventSourceArn"]))
         async with self._lock:
             self._refuse_duplicate(normal, None)
             uuid = str(UUID(int=self._ids.getrandbits(128), version=4))
             entry = _Entry(uuid, normal, wall_clock())
             await self._keep(entry)
-            return self._describe(entry)
+            answer = self._describe(entry)
+            if not normal["Enabled"] and not parse_source(normal["EventSourceArn"]).kind.is_stream:
+                answer["State"] = "Disabled"  # at once, as AWS answers; a stream's mapping is Creating first
+            return answer
 
     def get(self, uuid: str) -> dict[str, Any]:
         """GetEventSourceMapping. ApiError."""
@@ -220,6 +264,8 @@ class ControlPlane:
             if entry.declared_in:
                 await self._toggle(entry, merged, shown)
             else:
+                if merged["FunctionName"] != shown["FunctionName"]:
+                    await self._check_function(merged)
                 self._refuse_duplicate(merged, uuid)
                 entry = replace(entry, document=merged, modified=wall_clock())
                 await self._keep(entry)
@@ -240,10 +286,144 @@ class ControlPlane:
             self._supervisor.remove(uuid, forget=True)
             return self._describe(entry)
 
+    # --- tags: kept with the mapping's document, shown by ListTags only
+
+    def tags(self, arn: str) -> dict[str, str]:
+        """See `Control.tags`. Those of a declared mapping are the file's."""
+        return dict(self._tagged(arn).document.get("Tags", {}))
+
+    async def tag(self, arn: str, tags: Any) -> None:
+        """See `Control.tag`."""
+        _refuse(check_tags(tags))
+        async with self._lock:
+            merged = self.tags(arn) | tags
+            if len(merged) > MAX_TAGS:
+                raise _invalid(TOO_MANY_TAGS)
+            await self._retag(arn, merged)
+
+    async def untag(self, arn: str, keys: Sequence[str]) -> None:
+        """See `Control.untag`."""
+        if not keys:
+            text = "Value null at 'tagKeys' failed to satisfy constraint: Member must not be null"
+            raise ApiError("ValidationException", 400, f"1 validation error detected: {text}")
+        async with self._lock:
+            await self._retag(arn, {key: value for key, value in self.tags(arn).items() if key not in keys})
+
+    async def _retag(self, arn: str, tags: dict[str, str]) -> None:
+        entry = self._tagged(arn)
+        if entry.declared_in:
+            raise _declared(entry)
+        entry = replace(entry, document=normalize({**entry.document, "Tags": tags}))
+        await self._save(entry)
+        self._entries[entry.uuid] = entry
+
+    def _tagged(self, arn: str) -> _Entry:
+        """The mapping that has this very ARN. ApiError, as AWS answers for what may have tags at all."""
+        parts = _TAGGABLE.fullmatch(arn)
+        if parts is None:
+            text = f"Value '{arn}' at 'resource' failed to satisfy constraint: "
+            pattern = f"Member must satisfy regular expression pattern: {_TAGGABLE.pattern}"
+            raise ApiError("ValidationException", 400, f"1 validation error detected: {text}{pattern}")
+        entry = self._entries.get(parts[2].lower()) if parts[2] else None
+        if entry is None or self._describe(entry)["EventSourceMappingArn"].lower() != arn.lower():
+            kind = "Event source mapping" if parts[2] else "Function"
+            raise ApiError("ResourceNotFoundException", 404, f"{kind} not found: {arn}")
+        return entry
+
+    # --- what an operator asks
+
+    async def pause(self, name: str, by: str) -> dict[str, Any]:
+        """See `Control.pause`: the same as an update of `Enabled`, and kept like one."""
+        return await self._switch(name, by, enabled=False)
+
+    async def resume(self, name: str, by: str) -> dict[str, Any]:
+        """See `Control.resume`."""
+        return await self._switch(name, by, enabled=True)
+
+    async def _switch(self, name: str, by: str, *, enabled: bool) -> dict[str, Any]:
+        entry = self._named(name)
+        answer = await self.update(entry.uuid, {"Enabled": enabled})
+        _log.warning("mapping_resumed" if enabled else "mapping_paused", mapping=entry.uuid, by=by)
+        return {"uuid": entry.uuid, "state": answer["State"]}
+
+    async def seek(self, name: str, order: Mapping[str, Any], by: str) -> dict[str, Any]:
+        """See `Control.seek`. The order stands in the store until the runner, started anew, has carried it out."""
+        entry = self._named(name)
+        source = parse_source(entry.document["EventSourceArn"])
+        to = self._target_of(order, source.kind)
+        if to["shard"] and to["shard"] not in await self._store.load(entry.uuid):
+            raise _invalid(f"mapping {entry.uuid} has no shard {to['shard']}; see `poller status`")
+        async with self._lock:
+            self._find_live(entry.uuid)
+            key = seek_key(entry.uuid)
+            pending = (await self._store.documents(key)).get(key, {"orders": []})["orders"] if to["shard"] else []
+            await self._store.put_document(key, {"orders": [*pending, {**to, "by": by}]})
+            self._supervisor.begin_anew(entry.uuid)
+        _log.warning("seek_ordered", mapping=entry.uuid, by=by, **to)
+        return {"uuid": entry.uuid, "state": self._supervisor.state(entry.uuid) or "Deleting"}
+
+    def _target_of(self, order: Mapping[str, Any], kind: SourceKind) -> dict[str, str]:
+        """An order as `{kind, value, shard}`. LATEST is the moment of the order, whenever it is carried out."""
+        if not kind.is_stream:
+            raise _invalid("a queue has no positions")
+        unknown = sorted(order.keys() - {"position", "timestamp", "shard", "sequence"})
+        if unknown:
+            raise _invalid(f"unknown member {unknown[0]}; give position, position and timestamp, or shard and sequence")
+        if "shard" in order or "sequence" in order:
+            shard, sequence = order.get("shard"), order.get("sequence")
+            if not isinstance(shard, str) or not isinstance(sequence, str) or not _SEQUENCE.fullmatch(sequence):
+                raise _invalid("shard and sequence belong together: the shard's id and a sequence number in digits")
+            if "position" in order or "timestamp" in order:
+                raise _invalid("give either position or shard and sequence")
+            return {"kind": PositionKind.AT, "value": sequence, "shard": shard}
+        now = wall_clock()
+        match order.get("position"), order.get("timestamp"):
+            case "TRIM_HORIZON", None:
+                return {"kind": PositionKind.TRIM_HORIZON, "value": "", "shard": ""}
+            case "LATEST", None:
+                is_exact = kind is SourceKind.KINESIS
+                return {
+                    "kind": PositionKind.AT_TIMESTAMP if is_exact else PositionKind.LATEST,
+                    "value": repr(now),
+                    "shard": "",
+                }
+            case "AT_TIMESTAMP", int() | float() as at if not isinstance(at, bool):
+                if kind is not SourceKind.KINESIS:
+                    raise _invalid("DynamoDB Streams has no AT_TIMESTAMP; give TRIM_HORIZON, LATEST or a sequence")
+                if not 0 <= at <= now:
+                    raise _invalid("timestamp is not a moment of the past, in epoch seconds")
+                return {"kind": PositionKind.AT_TIMESTAMP, "value": repr(float(at)), "shard": ""}
+        raise _invalid(
+            'give {"position": "TRIM_HORIZON"}, {"position": "LATEST"}, {"position": "AT_TIMESTAMP", "timestamp": '
+            'EPOCH_SECONDS} or {"shard": S, "sequence": N}'
+        )
+
+    def _function_name(self, entry: _Entry) -> str:
+        source = parse_source(entry.document["EventSourceArn"])
+        return resolve_function(entry.document["FunctionName"], self._settings.functions, source)[0].name
+
+    def _named(self, name: str) -> _Entry:
+        """The mapping that a person means. ApiError."""
+        known = [(uuid, self._function_name(entry)) for uuid, entry in self._entries.items()]
+        try:
+            return self._entries[find_mapping(name, known)]
+        except PollerError as error:
+            raise ApiError("ResourceNotFoundException", 404, f"{error}.") from None
+
     # --- helpers
 
-    async def _keep(self, entry: _Entry) -> None:
+    async def _check_function(self, document: Mapping[str, Any]) -> None:
+        """A function of ours is there; AWS is asked for any other, and for one of ours that means a Lambda function."""
+        source = parse_source(document["EventSourceArn"])
+        _, function = resolve_function(document["FunctionName"], self._settings.functions, source)
+        if isinstance(function, LambdaFunction):
+            await self._probe.function(function, source.region)
+
+    async def _save(self, entry: _Entry) -> None:
         await self._store.put_document(_MADE + entry.uuid, {"document": entry.document, "modified": entry.modified})
+
+    async def _keep(self, entry: _Entry) -> None:
+        await self._save(entry)
         self._entries[entry.uuid] = entry
         self._want(entry)
 
@@ -302,6 +482,10 @@ class ControlPlane:
             round(entry.modified, 3),
             None if is_queue else self._supervisor.last_result(entry.uuid),
         )
+
+
+def _invalid(text: str) -> ApiError:
+    return ApiError("InvalidParameterValueException", 400, text)
 
 
 def _refuse(problems: Sequence[Any]) -> None:

@@ -5,7 +5,9 @@ import asyncio
 import pytest
 import structlog
 
+from poller.clock import wall_clock
 from poller.control import ControlPlane
+from poller.core.model import TRIM_HORIZON, Checkpoint, Row
 from poller.errors import ApiError
 from poller.mappings import normalize
 from poller.settings import Declared, HttpFunction, Settings
@@ -24,6 +26,7 @@ class Supervisor:
         self.wanted = {}
         self.removed: list[tuple[str, bool]] = []
         self.gone: set[str] = set()
+        self.begun: list[str] = []
 
     def want(self, wanted) -> None:
         self.wanted[wanted.mapping.id] = wanted
@@ -39,6 +42,27 @@ class Supervisor:
 
     def last_result(self, _: str) -> str:
         return "OK"
+
+    def begin_anew(self, mapping: str) -> None:
+        self.begun.append(mapping)
+
+
+class Probe:
+    """Knows what is not there."""
+
+    def __init__(self) -> None:
+        self.missing: set[str] = set()
+        self.asked: list[str] = []
+
+    async def source(self, source) -> None:
+        self.asked.append(source.arn)
+        if source.arn in self.missing:
+            raise ApiError("InvalidParameterValueException", 400, f"Stream not found: {source.arn}")
+
+    async def function(self, function, region: str) -> None:
+        self.asked.append(function.arn)
+        if function.arn in self.missing:
+            raise ApiError("InvalidParameterValueException", 400, "Function does not exist")
 
 
 class SlowStore(MemoryStore):
@@ -62,7 +86,7 @@ def settings(*declared: Declared, **functions) -> Settings:
 
 @pytest.fixture
 async def control() -> ControlPlane:
-    made = ControlPlane(SlowStore(), Supervisor())
+    made = ControlPlane(SlowStore(), Supervisor(), Probe())
     await made.load(settings(Declared("u-1", DECLARED, 3)))
     return made
 
@@ -107,7 +131,7 @@ async def test_a_restart_finishes_a_delete(control) -> None:
     await control.delete(uuid)
     store = control._store
     await store.put_document(f"stream/{uuid}", {})
-    again = ControlPlane(store, Supervisor())
+    again = ControlPlane(store, Supervisor(), Probe())
     await again.load(settings())
     assert not await store.documents("")
 
@@ -115,7 +139,7 @@ async def test_a_restart_finishes_a_delete(control) -> None:
 async def test_api_made_mappings_come_back(control) -> None:
     """They are kept in the store, with everything that was set."""
     uuid = (await control.create({**MAKE, "BatchSize": 3}))["UUID"]
-    again = ControlPlane(control._store, Supervisor())
+    again = ControlPlane(control._store, Supervisor(), Probe())
     await again.load(settings(Declared("u-1", DECLARED, 3)))
     assert again.get(uuid)["BatchSize"] == 3
     assert [entry["UUID"] for entry in again.list()] == ["u-1", uuid]
@@ -130,13 +154,13 @@ async def test_a_declared_mapping_is_the_files(control) -> None:
     assert control.get("u-1")["State"] == "Disabled"
     await control.apply(settings(Declared("u-1", DECLARED, 3)))
     assert control.get("u-1")["State"] == "Disabled", "a reload of the same file keeps it"
-    again = ControlPlane(control._store, Supervisor())
+    again = ControlPlane(control._store, Supervisor(), Probe())
     await again.load(settings(Declared("u-1", DECLARED, 3)))
     assert again.get("u-1")["State"] == "Disabled", "a restart too"
     await control.apply(settings(Declared("u-1", {**DECLARED, "Enabled": False}, 3)))
     await control.apply(settings(Declared("u-1", DECLARED, 3)))
     assert control.get("u-1")["State"] == "Enabled", "the file's own Enabled has changed since"
-    again = ControlPlane(control._store, Supervisor())
+    again = ControlPlane(control._store, Supervisor(), Probe())
     await again.load(settings(Declared("u-1", DECLARED, 3)))
     assert again.get("u-1")["State"] == "Enabled"
 
@@ -171,3 +195,135 @@ async def test_a_third_reader_of_a_dynamodb_stream_is_warned_about(control) -> N
     with structlog.testing.capture_logs() as logs:
         await control.apply(settings(*items))
     assert [entry["readers"] for entry in logs if entry["event"] == "stream_crowded"] == [3]
+
+
+# --- what an operator asks
+
+
+async def test_create_asks_whether_function_and_source_are_there(control) -> None:
+    """In AWS's order: the function first; nothing is asked about a request that is wrong in itself, or ours."""
+    probe = control._probe
+    probe.missing = {"gone", STREAM.replace("orders", "none")}
+    with pytest.raises(ApiError, match="Function does not exist"):
+        await control.create({**MAKE, "FunctionName": "gone", "EventSourceArn": QUEUE})
+    stream = {"EventSourceArn": STREAM.replace("orders", "none"), "StartingPosition": "LATEST"}
+    with pytest.raises(ApiError, match="Stream not found"):
+        await control.create({**stream, "FunctionName": "f"})
+    with pytest.raises(ApiError, match="Function does not exist"):
+        await control.create({**stream, "FunctionName": "gone"})
+    probe.asked.clear()
+    with pytest.raises(ApiError):
+        await control.create({**MAKE, "FunctionName": "gone", "BatchSize": 0})
+    assert probe.asked == []
+    await control.create(MAKE)
+    assert probe.asked == [QUEUE], "a function of the file is there"
+
+
+async def test_update_asks_for_another_function_only(control) -> None:
+    """And a refused update changes nothing."""
+    probe = control._probe
+    uuid = (await control.create({**MAKE, "FunctionName": "real"}))["UUID"]
+    probe.asked.clear()
+    await control.update(uuid, {"BatchSize": 5})
+    assert probe.asked == []
+    probe.missing = {"gone"}
+    with pytest.raises(ApiError, match="Function does not exist"):
+        await control.update(uuid, {"FunctionName": "gone"})
+    assert control.get(uuid)["FunctionArn"].endswith(":real")
+
+
+async def test_pause_and_resume_by_name(control) -> None:
+    """The same as Enabled through the API, for what the file declares too; kept over a restart."""
+    with structlog.testing.capture_logs() as logs:
+        assert await control.pause("f", "alice") == {"uuid": "u-1", "state": "Disabled"}
+    assert [(entry["event"], entry["by"]) for entry in logs] == [("mapping_paused", "alice")]
+    again = ControlPlane(control._store, Supervisor(), Probe())
+    await again.load(settings(Declared("u-1", DECLARED, 3)))
+    assert again.get("u-1")["State"] == "Disabled"
+    assert (await control.resume("u-", "bob"))["state"] == "Enabled"
+    with pytest.raises(ApiError, match="there is no mapping x") as caught:
+        await control.pause("x", "alice")
+    assert caught.value.status == 404
+    await control.create(MAKE)
+    with pytest.raises(ApiError, match="may be any of the mappings"):
+        await control.pause("f", "alice")
+
+
+@pytest.mark.parametrize(
+    ("order", "kept"),
+    [
+        ({"position": "TRIM_HORIZON"}, ("TRIM_HORIZON", "", "")),
+        ({"position": "AT_TIMESTAMP", "timestamp": 1000}, ("AT_TIMESTAMP", "1000.0", "")),
+        ({"shard": "s-1", "sequence": "77"}, ("AT_SEQUENCE_NUMBER", "77", "s-1")),
+    ],
+)
+async def test_seek_leaves_an_order_in_the_store(control, order, kept) -> None:
+    """Durable before anything stops, with who gave it."""
+    await control._store.create("u-1", [Row("s-1", Checkpoint(TRIM_HORIZON))])
+    assert (await control.seek("u-1", order, "alice"))["uuid"] == "u-1"
+    [document] = (await control._store.documents("seek/")).values()
+    [found] = document["orders"]
+    assert (found["kind"], found["value"], found["shard"], found["by"]) == (*kept, "alice")
+    assert control._supervisor.begun == ["u-1"]
+
+
+async def test_seek_to_latest_is_the_moment_of_the_order(control) -> None:
+    """Carried out an hour later it must not pass over that hour."""
+    await control.seek("u-1", {"position": "LATEST"}, "alice")
+    [document] = (await control._store.documents("seek/u-1")).values()
+    assert document["orders"][0]["kind"] == "AT_TIMESTAMP"
+    assert abs(float(document["orders"][0]["value"]) - wall_clock()) < 60
+
+
+async def test_orders_of_shards_add_up_and_one_for_all_replaces_them(control) -> None:
+    """What was ordered before for single shards is moot then."""
+    await control._store.create("u-1", [Row(name, Checkpoint(TRIM_HORIZON)) for name in "ab"])
+    for name in "ab":
+        await control.seek("u-1", {"shard": name, "sequence": "5"}, "alice")
+    document = (await control._store.documents("seek/u-1"))["seek/u-1"]
+    assert [order["shard"] for order in document["orders"]] == ["a", "b"]
+    await control.seek("u-1", {"position": "TRIM_HORIZON"}, "alice")
+    document = (await control._store.documents("seek/u-1"))["seek/u-1"]
+    assert [order["shard"] for order in document["orders"]] == [""]
+
+
+@pytest.mark.parametrize(
+    ("order", "text"),
+    [
+        ({}, "give "),
+        ({"position": "MIDDLE"}, "give "),
+        ({"position": "TRIM_HORIZON", "timestamp": 5}, "give "),
+        ({"position": "AT_TIMESTAMP"}, "give "),
+        ({"position": "AT_TIMESTAMP", "timestamp": True}, "give "),
+        ({"position": "AT_TIMESTAMP", "timestamp": 9e12}, "not a moment of the past"),
+        ({"position": "AT_TIMESTAMP", "timestamp": float("nan")}, "not a moment of the past"),
+        ({"shard": "s-1"}, "belong together"),
+        ({"sequence": "5"}, "belong together"),
+        ({"shard": "s-1", "sequence": 5}, "belong together"),
+        ({"shard": "s-1", "sequence": "5x"}, "belong together"),
+        ({"shard": "s-1", "sequence": "5", "position": "LATEST"}, "either"),
+        ({"shard": "none", "sequence": "5"}, "has no shard none"),
+        ({"positon": "LATEST"}, "unknown member positon"),
+    ],
+)
+async def test_an_order_that_makes_no_sense_is_refused(control, order, text) -> None:
+    """With a sentence, and nothing is stored."""
+    with pytest.raises(ApiError, match=text) as caught:
+        await control.seek("u-1", order, "alice")
+    assert caught.value.status == 400
+    assert not await control._store.documents("seek/")
+
+
+async def test_a_queue_has_no_positions(control) -> None:
+    """Said, whatever the order."""
+    uuid = (await control.create(MAKE))["UUID"]
+    with pytest.raises(ApiError, match="a queue has no positions"):
+        await control.seek(uuid, {"position": "TRIM_HORIZON"}, "alice")
+
+
+async def test_a_start_knows_what_is_still_to_be_moved(control) -> None:
+    """A paused mapping shows it, and a deleted one leaves no order behind."""
+    await control.seek("u-1", {"position": "TRIM_HORIZON"}, "alice")
+    again = ControlPlane(control._store, Supervisor(), Probe())
+    await again.load(settings(Declared("u-1", DECLARED, 3)))
+    assert again._supervisor.begun == ["u-1"]
