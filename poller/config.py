@@ -27,6 +27,7 @@ from poller.mappings import (
     resolve_function,
 )
 from poller.settings import (
+    AccessKeys,
     Auth,
     AwsSettings,
     BasicAuth,
@@ -247,7 +248,7 @@ CONFIG = Object(
                                             (
                                                 Field(
                                                     "access_keys",
-                                                    MapOf(Text("an access key id", 1, 128), _SECRET),
+                                                    MapOf(Text("an access key id", 1, 128, r"[A-Za-z0-9_]+"), _SECRET),
                                                     "Secrets by access key id.",
                                                     required=True,
                                                 ),
@@ -319,7 +320,6 @@ _Test = Callable[[Any], bool]
 _REFUSED: tuple[tuple[str, str, _Test], ...] = (
     (r"store", "a store in DynamoDB", lambda value: str(value).startswith("dynamodb:")),
     (r"server\.tls", "TLS of the server", lambda _: True),
-    (r"server\.auth(\[\d+\])?\.type", "sigv4 authentication of the server", lambda value: value == "sigv4"),
     (r"tracing", "tracing", lambda _: True),
     (r"lease_seconds", "a lease time", lambda _: True),
     (r"limits\.shard_series", "a limit of shard series", lambda _: True),
@@ -410,7 +410,7 @@ class _Loader:
             return
         shown = "" if path in self._filled or _SENSITIVE.search(path) else _shown(value)
         text = f"{shown} {said}" if shown else said
-        self._mistake_at(self._line(path), f"{path or 'the file'}: {text}" + (f"; {remedy}" if remedy else ""))
+        self._mistake_at(self._line(path), f"{_public(path) or 'the file'}: {text}" + (f"; {remedy}" if remedy else ""))
 
     def _warn(self, path: str, text: str) -> None:
         self._warnings.append(f"{self._path}:{self._line(path)}: {path}: {text}")
@@ -443,7 +443,7 @@ class _Loader:
                     value[key] = self._walk(entry.node, place, entry.line)
                     for line_again in entry.again:
                         said = f"the key is already given on line {entry.line}; take one of them out"
-                        self._mistake_at(line_again, f"{place}: {said}")
+                        self._mistake_at(line_again, f"{_public(place)}: {said}")
             case list() as items:
                 value = [self._walk(item, f"{path}[{index}]", item.line) for index, item in enumerate(items)]
             case str() as text if "${" in text:
@@ -470,7 +470,7 @@ class _Loader:
 
         filled = _REFERENCE.sub(replaced, text)
         for complaint in complaints:
-            self._mistake_at(line, f"{path or 'the file'}: {complaint}")
+            self._mistake_at(line, f"{_public(path) or 'the file'}: {complaint}")
         return _UNFILLED if complaints else filled
 
     def _reference(self, inner: str | None) -> str:
@@ -513,6 +513,9 @@ class _Loader:
                 if isinstance(function, dict):
                     self._check_function(join("functions", name), function)
             self._check_emulators(functions)
+        match values.get("server"):
+            case {"auth": dict() | list() as auth}:
+                self._check_access_keys(auth)
         items = values.get("event_source_mappings")
         if isinstance(items, list):
             self._check_mappings(items, list(functions) if isinstance(functions, dict) else [])
@@ -547,6 +550,23 @@ class _Loader:
                 self._mistake(f"{path}.tls", "has only one of cert and key", "give both or none")
             if isinstance(url, str) and url.lower().startswith("http://"):
                 self._mistake(f"{path}.tls", "has no effect on an http:// url", "take it out or use https://")
+
+    def _check_access_keys(self, auth: dict[str, Any] | list[Any]) -> None:
+        """No entry without a key, and no id with two secrets."""
+        entries = [("server.auth", auth)]
+        if isinstance(auth, list):
+            entries = [(f"server.auth[{index}]", entry) for index, entry in enumerate(auth)]
+        seen: dict[str, str] = {}
+        for place, entry in entries:
+            match entry:
+                case {"type": "sigv4", "access_keys": dict() as keys}:
+                    path = f"{place}.access_keys"
+                    if not keys:
+                        self._mistake(path, "has no keys", "give at least one ID: SECRET, or take the entry out")
+                    for key in keys:
+                        if (first := seen.setdefault(key, path)) != path:
+                            said = f"has an access key id that is on line {self._line(join(first, key))} too"
+                            self._mistake(join(path, key), said, "take one of them out")
 
     def _check_emulators(self, functions: dict[str, Any]) -> None:
         """All names of one emulator share its one place for an invocation, so they share the rate too."""
@@ -624,7 +644,12 @@ class _Loader:
         server = _renamed(values.get("server", {}))
         if "auth" in server:
             entries = server["auth"] if isinstance(server["auth"], list) else [server["auth"]]
-            server["auth"] = tuple(BearerAuth(entry["token"]) for entry in entries)
+            server["auth"] = tuple(
+                AccessKeys(tuple(entry["access_keys"].items()))
+                if entry["type"] == "sigv4"
+                else BearerAuth(entry["token"])
+                for entry in entries
+            )
         settings: dict[str, Any] = {
             "path": self._path,
             "aws": AwsSettings(**{**aws, "endpoint_urls": tuple(aws.get("endpoint_urls", {}).items())}),
@@ -668,6 +693,11 @@ def _secret_file(name: str) -> str:
     except UnicodeDecodeError:
         raise ValueError(f"the file {name!r} is not UTF-8 text; {remedy}") from None
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def _public(path: str) -> str:
+    """A path as a mistake names it: without access key ids, where a secret stands if somebody swapped the two."""
+    return re.sub(r"(\.access_keys)\..*", r"\1", path)
 
 
 def _shown(value: Any) -> str:

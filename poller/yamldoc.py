@@ -4,7 +4,8 @@ JSON is YAML. Keys are always text, as written. Dates stay text. A mistake of th
 line; duplicate keys are kept in the tree, so that they are reported with everything else.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -45,12 +46,19 @@ class Entry:
     again: list[int] = field(default_factory=list)
 
 
-def parse(text: str, path: str) -> Node | None:
-    """The one document in the text, None when there is none. ConfigError: `path:line: mistake`, for the first one."""
+ShortForm: TypeAlias = Callable[[str, Node], Node]
+
+
+def parse(text: str, path: str, short_form: ShortForm | None = None, max_depth: int = MAX_DEPTH) -> Node | None:
+    """The one document in the text, None when there is none. ConfigError: `path:line: mistake`, for the first one.
+
+    `short_form`: what a value with an application's tag, such as `!Ref`, stands for; scalars come to it as text.
+    Without it such tags are mistakes.
+    """
     if found := Reader.NON_PRINTABLE.search(text):
         line = text.count("\n", 0, found.start()) + 1
         raise ConfigError([f"{path}:{line}: a character that YAML does not allow, {found[0]!a}; take it out"])
-    return _Composer(text, path).document()
+    return _Composer(text, path, short_form, max_depth).document()
 
 
 def _line(event: Any) -> int:
@@ -61,9 +69,11 @@ def _line(event: Any) -> int:
 class _Composer:
     """Makes nodes of parser events. Holds the anchors that are complete; one inside itself is thereby unknown."""
 
-    def __init__(self, text: str, path: str) -> None:
+    def __init__(self, text: str, path: str, short_form: ShortForm | None, max_depth: int) -> None:
         self._text = text
         self._path = path
+        self._short_form = short_form
+        self._max_depth = max_depth
         self._events: Iterator[Any] = yaml.parse(text, Loader=_Loader)
         self._anchors: dict[str, Node] = {}
         self._resolver: Any = Resolver()
@@ -94,20 +104,24 @@ class _Composer:
         return ConfigError([f"{self._path}:{_line(event)}: {text}"])
 
     def _node(self, event: Any, depth: int) -> Node:
-        if depth > MAX_DEPTH:
-            raise self._mistake(event, f"values are nested deeper than {MAX_DEPTH} levels; make the file flatter")
+        if depth > self._max_depth:
+            text = f"values are nested deeper than {self._max_depth} levels; make the file flatter"
+            raise self._mistake(event, text)
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
                 raise self._mistake(event, f"*{event.anchor} has no anchor before it; write &{event.anchor} first")
             return self._anchors[event.anchor]
+        short = self._short_form if re.match("!.", event.tag or "") else None
         if isinstance(event, yaml.ScalarEvent):
-            node = Node(_line(event), self._scalar(event))
-        elif event.tag not in {None, "!", _TAG + "map", _TAG + "seq"}:
+            node = Node(_line(event), event.value if short else self._scalar(event))
+        elif not short and event.tag not in {None, "!", _TAG + "map", _TAG + "seq"}:
             raise self._mistake(event, f"the tag {event.tag} is not supported; take it out")
         elif isinstance(event, yaml.SequenceStartEvent):
             node = self._sequence(event, depth)
         else:
             node = self._mapping(event, depth)
+        if short:
+            node = short(event.tag, node)
         if event.anchor is not None:
             self._anchors[event.anchor] = node
         return node

@@ -14,17 +14,29 @@ from poller.errors import ApiError
 from poller.ports import Control
 
 PREFIX = "/2015-03-31/event-source-mappings"
+TAGS_PREFIX = "/2017-03-31/tags/"
+IDENTITY = web.RequestKey("identity", str)
+"""Who sent the request: an access key id, `bearer`, or `local` where no credentials are asked for."""
 MAX_BODY_BYTES = 1024 * 1024
 BODY_TIMEOUT = 10.0
 _MAX_PAGE = 100
 _MAX_ITEMS = 10_000
 _CAPITAL_MESSAGE = frozenset({"ResourceNotFoundException", "ResourceInUseException", "ServiceException"})
+_FRONT_END = frozenset(  # what AWS's generic front end answers has no type
+    {
+        "IncompleteSignatureException",
+        "InvalidSignatureException",
+        "MissingAuthenticationTokenException",
+        "UnrecognizedClientException",
+        "ValidationException",
+    }
+)
 
 
 def routes(control: Control) -> list[web.RouteDef]:
-    """The five operations, with and without a trailing slash."""
+    """The five operations and the three for tags, with and without a trailing slash."""
     api = _Api(control)
-    return [
+    mappings = [
         route
         for slash in ("", "/")
         for route in (
@@ -35,12 +47,18 @@ def routes(control: Control) -> list[web.RouteDef]:
             web.delete(f"{PREFIX}/{{uuid}}{slash}", api.delete),
         )
     ]
+    return [
+        *mappings,
+        web.get(f"{TAGS_PREFIX}{{arn:.+}}", api.tags),
+        web.post(f"{TAGS_PREFIX}{{arn:.+}}", api.tag),
+        web.delete(f"{TAGS_PREFIX}{{arn:.+}}", api.untag),
+    ]
 
 
 def refusal(error: ApiError) -> web.Response:
     """An error as AWS spells it: the code in a header, `Message` or `message` by the code."""
     body = {"Message" if error.code in _CAPITAL_MESSAGE else "message": error.message}
-    if error.code != "ValidationException":  # comes from AWS's generic front end, which sends no type
+    if error.code not in _FRONT_END:
         body["Type"] = "User" if error.status < 500 else "Service"
     return web.json_response(body, status=error.status, headers={"x-amzn-ErrorType": error.code})
 
@@ -50,13 +68,13 @@ class _Api:
         self._control = control
 
     async def create(self, request: web.Request) -> web.Response:
-        return web.json_response(await self._control.create(await _document(request)), status=202)
+        return web.json_response(await self._control.create(await read_document(request)), status=202)
 
     async def get(self, request: web.Request) -> web.Response:
         return web.json_response(self._control.get(request.match_info["uuid"]))
 
     async def update(self, request: web.Request) -> web.Response:
-        changes = await _document(request)
+        changes = await read_document(request)
         return web.json_response(await self._control.update(request.match_info["uuid"], changes), status=202)
 
     async def delete(self, request: web.Request) -> web.Response:
@@ -82,6 +100,27 @@ class _Api:
         if len(found) > size:
             page["NextMarker"] = found[size - 1]["UUID"]
         return web.json_response(page)
+
+    async def tags(self, request: web.Request) -> web.Response:
+        return web.json_response({"Tags": self._control.tags(_arn(request))})
+
+    async def tag(self, request: web.Request) -> web.Response:
+        document = await read_document(request)
+        await self._control.tag(_arn(request), document.get("Tags"))
+        return web.Response(status=204)
+
+    async def untag(self, request: web.Request) -> web.Response:
+        await self._control.untag(_arn(request), request.query.getall("tagKeys", []))
+        return web.Response(status=204)
+
+
+def is_api(path: str) -> bool:
+    """Is it a path of AWS's, where refusals look like AWS's too?"""
+    return path.startswith((PREFIX, TAGS_PREFIX))
+
+
+def _arn(request: web.Request) -> str:
+    return request.match_info["arn"].removesuffix("/")
 
 
 def _names(arn: str) -> tuple[str, ...]:
@@ -121,11 +160,11 @@ def _marker(text: str | None) -> str:
         raise ApiError("InvalidParameterValueException", 400, "Marker is not one that this API returned.") from None
 
 
-async def _document(request: web.Request) -> dict[str, Any]:
-    """The body as a JSON object; an empty body is an empty one. ApiError."""
+async def read_body(request: web.Request) -> bytes:
+    """The body, bounded in size and time; what was read stays for the next who asks. ApiError."""
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
-            body = await request.read()
+            return await request.read()
     except TimeoutError:
         raise ApiError(
             "RequestTimeoutException", 408, f"The request body did not arrive within {BODY_TIMEOUT:g} seconds."
@@ -136,6 +175,11 @@ async def _document(request: web.Request) -> dict[str, Any]:
         ) from None
     except web.RequestPayloadError:
         raise ApiError("SerializationException", 400, "The request body is not what its headers say.") from None
+
+
+async def read_document(request: web.Request) -> dict[str, Any]:
+    """The body as a JSON object; an empty body is an empty one. ApiError."""
+    body = await read_body(request)
     try:
         document = msgspec.json.decode(body or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

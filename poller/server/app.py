@@ -1,11 +1,15 @@
 """The HTTP server: which doors are open to whom, and the paths that are not the mapping API."""
 
+import asyncio
 import base64
 import hmac
 import ipaddress
+import json
 import random
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from functools import partial
+from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -13,19 +17,23 @@ from uuid import UUID
 import structlog
 from aiohttp import hdrs, web
 
-from poller import __version__
-from poller.core.model import MappingStatus
+from poller.clock import wall_clock
 from poller.errors import ApiError, PollerError, StoreUnavailable
 from poller.ports import Clock, Control
-from poller.server import api, page
-from poller.settings import ServerSettings
-from poller.telemetry import Metrics, shard_ages
+from poller.server import api, operate, page, sigv4
+from poller.server.history import History
+from poller.server.sigv4 import Unauthorized
+from poller.server.status import status_document
+from poller.settings import AccessKeys, BearerAuth, ServerSettings
+from poller.telemetry import Metrics
 
 log = structlog.get_logger()
 
 IDLE_TIMEOUT = 30.0
 """Seconds that a connection may be open without a complete request head: keep-alive and slow clients."""
 SHUTDOWN_TIMEOUT = 2.0
+REPORT_INTERVAL = 10.0
+"""Seconds between log lines about refused credentials: whoever guesses shall not fill the disk."""
 
 _ALWAYS_OPEN = frozenset({"/metrics", "/healthz", "/readyz"})
 _READING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
@@ -38,15 +46,35 @@ class Server:
     """Serves one daemon. `start` once, `stop` once."""
 
     def __init__(
-        self, settings: ServerSettings, control: Control, metrics: Metrics, clock: Clock, ids: random.Random
+        self,
+        settings: ServerSettings,
+        control: Control,
+        metrics: Metrics,
+        clock: Clock,
+        ids: random.Random,
+        *,
+        wall: Callable[[], float] = wall_clock,
     ) -> None:
-        """`ids` makes the request ids, which every log line of a request carries."""
+        """`ids` makes the request ids, which every log line of a request carries. `history`: whoever starts the server
+        runs it beside.
+
+        `wall`: epoch seconds to hold the date of a signature against. Not `clock`, which does not follow when the wall
+        clock is set or the machine was suspended; then it would refuse every signature until a restart.
+        """
         self._settings = settings
         self._control = control
         self._metrics = metrics
         self._clock = clock
         self._ids = ids
+        self._wall = wall
+        self._tokens = [entry.token.encode() for entry in settings.auth if isinstance(entry, BearerAuth)]
+        self._secrets = {
+            key: secret for entry in settings.auth if isinstance(entry, AccessKeys) for key, secret in entry.secrets
+        }
+        self._next_report = -inf  # when a refusal may be logged again
+        self._unreported = 0
         self._is_local = _is_loopback(settings.host)
+        self.history = History(control, metrics, clock)
         app = web.Application(middlewares=[self._answer, self._guard], client_max_size=api.MAX_BODY_BYTES)
         app.add_routes(
             [
@@ -56,6 +84,7 @@ class Server:
                 web.get("/api/status", self._get_status),
                 web.get("/", self._get_page),
                 *api.routes(control),
+                *operate.routes(control),
             ]
         )
         self._runner = web.AppRunner(
@@ -129,11 +158,48 @@ class Server:
         if not self._is_local and not self._settings.auth:
             raise ApiError("AccessDeniedException", 403, _CLOSED)
         self._refuse_foreign_pages(request)
-        if self._settings.auth and not self._has_token(request):
+        try:
+            request[api.IDENTITY] = await self._identify(request)
+        except Unauthorized as error:
             self._metrics.auth_failed()
-            log.info("request_unauthorized", remote=request.remote, path=request.path)
-            return _unauthorized(request)
+            self._report(request, error)
+            return _unauthorized(request, error)
         return await handler(request)
+
+    async def _identify(self, request: web.Request) -> str:
+        """Who sent the request, as `api.IDENTITY`. Unauthorized; ApiError when its body cannot be had."""
+        if not self._settings.auth:
+            return "local"
+        authorization = request.headers.get(hdrs.AUTHORIZATION)
+        if authorization is None:
+            if "X-Amz-Signature" in request.query:
+                raise Unauthorized("IncompleteSignatureException", "Presigned URLs are not taken; sign the headers.")
+            raise Unauthorized("MissingAuthenticationTokenException", "Missing Authentication Token")
+        if not authorization.lstrip().startswith("AWS4-"):
+            if not self._has_token(authorization):
+                raise Unauthorized("UnrecognizedClientException", f"The credentials are not valid here. {_HOW}")
+            return "bearer"
+        if not self._secrets:
+            raise Unauthorized("UnrecognizedClientException", f"{sigv4.INVALID_TOKEN} {_NO_KEYS}")
+        signed = sigv4.read(request.headers, self._wall())
+        body = await api.read_body(request)
+        content = sigv4.Content(request.method, request.rel_url.raw_path, request.query, request.headers, body)
+        return sigv4.signer(signed, content, self._secrets)
+
+    def _report(self, request: web.Request, error: ApiError) -> None:
+        """A log line, at most one in `REPORT_INTERVAL`; the next one says how many there were without."""
+        now = self._clock.now()
+        if now < self._next_report:
+            self._unreported += 1
+            return
+        log.info(
+            "request_unauthorized",
+            remote=request.remote,
+            path=request.path,
+            reason=error.code,
+            unreported=self._unreported,
+        )
+        self._next_report, self._unreported = now + REPORT_INTERVAL, 0
 
     def _refuse_foreign_pages(self, request: web.Request) -> None:
         """Another site's page in somebody's browser may reach a local port: it must not get through. ApiError.
@@ -150,9 +216,9 @@ class Server:
         if request.method not in _READING and request.content_type in _FORMS:
             raise ApiError("UnsupportedMediaTypeException", 415, "Send `Content-Type: application/json`.")
 
-    def _has_token(self, request: web.Request) -> bool:
+    def _has_token(self, authorization: str) -> bool:
         """Compares with every token in constant time."""
-        scheme, _, value = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        scheme, _, value = authorization.partition(" ")
         if scheme.lower() == "bearer":
             presented = value.strip().encode("utf-8", "surrogateescape")
         elif scheme.lower() == "basic":
@@ -162,7 +228,7 @@ class Server:
                 return False
         else:
             return False
-        matches = [hmac.compare_digest(presented, auth.token.encode()) for auth in self._settings.auth]
+        matches = [hmac.compare_digest(presented, token) for token in self._tokens]
         return bool(presented) and any(matches)
 
     # --- the paths ---
@@ -182,72 +248,40 @@ class Server:
             return web.Response(status=503, text="".join(f"{reason}\n" for reason in missing))
         return web.Response(text="ready\n")
 
-    async def _get_status(self, _request: web.Request) -> web.Response:
-        return web.json_response(status_document(self._control.status(), self._clock.now()))
+    async def _get_status(self, request: web.Request) -> web.Response:
+        """With `?history=1` each mapping has its last hour too."""
+        make = self._snapshot(with_series=request.query.get("history") == "1")
+        return web.Response(
+            text=await asyncio.to_thread(lambda: json.dumps(make())), content_type="application/json", charset="utf-8"
+        )
 
-    async def _get_page(self, _request: web.Request) -> web.Response:
-        text = page.render(status_document(self._control.status(), self._clock.now()))
+    async def _get_page(self, request: web.Request) -> web.Response:
+        make, view = self._snapshot(with_series=True), page.View.of(request.query)
+        text = await asyncio.to_thread(lambda: page.render(make(), view))
         return web.Response(text=text, content_type="text/html", headers=page.HEADERS)
+
+    def _snapshot(self, *, with_series: bool) -> Callable[[], dict[str, Any]]:
+        """What is true now, to be made a document of in a thread: ten thousand shards take a while."""
+        status, now = tuple(self._control.status()), self._clock.now()
+        return partial(status_document, status, now, self.history.read(with_series=with_series))
 
 
 _CLOSED = "This path is closed: the server listens beyond loopback without `server.auth`; set it to open the path."
 
 
-def status_document(status: Sequence[MappingStatus], now: float) -> dict[str, Any]:
-    """`/api/status`. Ages in seconds, `next_attempt` in epoch seconds, null where unknown."""
-    mappings = []
-    for mapping in status:
-        shards = []
-        for shard in mapping.shards:
-            ages = shard_ages(shard, mapping.retention, now)
-            shards.append(
-                {
-                    "id": shard.id,
-                    "state": shard.state,
-                    "lag_seconds": ages.lag,
-                    "iterator_age_seconds": ages.iterator_age,
-                    "headroom_seconds": ages.headroom,
-                    "blocked_seconds": ages.blocked,
-                    "in_flight": shard.in_flight,
-                    "held": shard.held,
-                    "attempts": shard.attempts,
-                    "first_sequence": shard.first_sequence,
-                    "last_sequence": shard.last_sequence,
-                    "last_error": shard.last_error,
-                    "next_attempt": shard.next_attempt,
-                }
-            )
-        mappings.append(
-            {
-                "uuid": mapping.id,
-                "function": mapping.function,
-                "source": mapping.source,
-                "source_arn": mapping.source_arn,
-                "state": mapping.state,
-                "reason": mapping.reason,
-                "in_flight": mapping.in_flight,
-                "breaker": mapping.breaker,
-                "receivers": mapping.receivers,
-                "receiver_limit": mapping.receiver_limit,
-                "shards": shards,
-            }
-        )
-    return {"version": __version__, "mappings": mappings}
-
-
-def _unauthorized(request: web.Request) -> web.Response:
+def _unauthorized(request: web.Request, error: ApiError) -> web.Response:
     """The mapping API answers as AWS does, the rest so that a browser asks for the password."""
-    if request.path.startswith(api.PREFIX):
-        if hdrs.AUTHORIZATION not in request.headers:
-            return api.refusal(
-                ApiError("MissingAuthenticationTokenException", 403, f"Missing Authentication Token. {_HOW}")
-            )
-        return api.refusal(ApiError("UnrecognizedClientException", 403, f"The credentials are not valid here. {_HOW}"))
+    if api.is_api(request.path):
+        return api.refusal(error)
     challenge = 'Basic realm="esm-poller: the token is the password", charset="UTF-8"'
     return web.Response(status=401, text=f"{_HOW}\n", headers={hdrs.WWW_AUTHENTICATE: challenge})
 
 
-_HOW = "Send `Authorization: Bearer TOKEN` with a token of `server.auth`."
+_HOW = "Send `Authorization: Bearer TOKEN` with a token of `server.auth`, or sign with one of its access keys."
+_NO_KEYS = (
+    "This server has no access keys: add `{type: sigv4, access_keys: {ID: SECRET}}` to `server.auth`, or send "
+    "`Authorization: Bearer TOKEN`."
+)
 
 
 def _host_name(header: str) -> str:

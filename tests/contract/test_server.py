@@ -7,6 +7,7 @@ import io
 import json
 import random
 import socket
+import time
 import uuid
 from collections.abc import AsyncIterator
 
@@ -103,6 +104,16 @@ class FakeControl:
         self.get(uuid)
         return self.mappings.pop(uuid) | {"State": "Deleting"}
 
+    def tags(self, arn):
+        self.calls.append(arn)
+        return {"team": "a"}
+
+    async def tag(self, arn, tags):
+        self.calls.append((arn, tags))
+
+    async def untag(self, arn, keys):
+        self.calls.append((arn, keys))
+
 
 class Harness:
     """A running server, its fake, and a client that keeps to raw HTTP."""
@@ -120,16 +131,39 @@ class Harness:
         async with self.session.request(method, url, skip_auto_headers=["Content-Type"], **kwargs) as answer:
             return answer.status, answer.headers, await answer.text()
 
+    async def raw(self, method, target, headers, body=b""):
+        """The answer to bytes written as they are: no client in between that would encode a path anew."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        lines = [b"%s %s HTTP/1.1" % (method.encode(), target if isinstance(target, bytes) else target.encode())]
+        fields = [*headers.items(), ("Connection", "close")]
+        if "Content-Length" not in headers:
+            fields.append(("Content-Length", str(len(body))))
+        for name, value in fields:
+            lines.append(name.encode() + b": " + (value if isinstance(value, bytes) else value.encode()))
+        try:
+            writer.write(b"\r\n".join(lines) + b"\r\n\r\n" + body)
+            async with asyncio.timeout(10):
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    (line for line in head.lower().splitlines() if line.startswith(b"content-length:")), b":0"
+                )
+                return head + await reader.readexactly(int(length.partition(b":")[2]))
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
     async def count(self, line):
         text, _ = await self.metrics.exposition()
         return float(next(row for row in text.decode().splitlines() if row.startswith(line)).rpartition(" ")[2])
 
 
 @contextlib.asynccontextmanager
-async def serving(**settings) -> AsyncIterator[Harness]:
+async def serving(clock=None, wall=time.time, **settings) -> AsyncIterator[Harness]:
     control = FakeControl()
     metrics = Metrics(FixedClock(), control.status)
-    server = Server(ServerSettings(port=0, **settings), control, metrics, FixedClock(), random.Random(1))
+    clock = clock or FixedClock()
+    server = Server(ServerSettings(port=0, **settings), control, metrics, clock, random.Random(1), wall=wall)
     port = await server.start()
     try:
         async with aiohttp.ClientSession() as session:
@@ -150,7 +184,7 @@ async def locked():
         yield harness
 
 
-async def lambda_call(harness, run, token=None):
+async def lambda_call(harness, run, token=None, keys=("test", "test"), session=None):
     """What `run(client)` answers, with a boto3 Lambda client in a thread."""
 
     def call():
@@ -158,8 +192,9 @@ async def lambda_call(harness, run, token=None):
             "lambda",
             endpoint_url=f"http://127.0.0.1:{harness.port}",
             region_name="eu-west-1",
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
+            aws_access_key_id=keys[0],
+            aws_secret_access_key=keys[1],
+            aws_session_token=session,
             config=Config(retries={"total_max_attempts": 1}),
         )
         if token:
@@ -397,6 +432,23 @@ async def test_paths_work_with_and_without_a_trailing_slash(local, slash):
     assert (await local.ask("GET", MAPPINGS + slash))[0] == 200
 
 
+async def test_tags_go_through_boto3_and_curl(local):
+    """The ARN stands in the path, percent-encoded or not, with or without a slash at its end."""
+    arn = configuration(7)["EventSourceMappingArn"]
+    assert (await lambda_call(local, lambda c: c.list_tags(Resource=arn)))["Tags"] == {"team": "a"}
+    answers = [
+        await lambda_call(local, lambda c: c.tag_resource(Resource=arn, Tags={"k\u00e9y": "v w"})),
+        await lambda_call(local, lambda c: c.untag_resource(Resource=arn, TagKeys=["a b", "c"])),
+    ]
+    assert [answer["ResponseMetadata"]["HTTPStatusCode"] for answer in answers] == [204, 204]
+    assert local.control.calls == [arn, (arn, {"k\u00e9y": "v w"}), (arn, ["a b", "c"])]
+    for path in (arn, arn.replace(":", "%3A"), arn + "/"):
+        assert (await local.ask("GET", f"/2017-03-31/tags/{path}"))[2] == '{"Tags": {"team": "a"}}'
+    assert local.control.calls[3:] == [arn] * 3
+    status, _, text = await local.ask("POST", f"/2017-03-31/tags/{arn}", data=b"{}")
+    assert (status, text, local.control.calls[-1]) == (204, "", (arn, None))
+
+
 async def test_unknown_paths_and_methods_have_awss_shape(local):
     """404 and 405 are JSON with an error type, and 405 says what is allowed."""
     status, headers, text = await local.ask("GET", "/2015-03-31/functions")
@@ -512,6 +564,7 @@ async def test_api_status_is_the_contract(local):
         "breaker": "closed",
         "receivers": None,
         "receiver_limit": None,
+        "seek_pending": False,
     }
     assert shards[0] == {
         "id": "s1",
@@ -653,7 +706,7 @@ async def test_an_empty_token_opens_nothing():
 
 
 async def test_refused_credentials_look_like_awss_to_the_api(locked):
-    """boto3 gets 403 with a code: its own signature is no credential here, a token is."""
+    """boto3 gets 403 with a code: without access keys its signature is no credential here, a token is."""
     response = await lambda_call(locked, client_error(lambda c: c.list_event_source_mappings()))
     assert (response["ResponseMetadata"]["HTTPStatusCode"], response["Error"]["Code"]) == (
         403,

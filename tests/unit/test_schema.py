@@ -71,6 +71,8 @@ def test_references_may_stand_for_any_plain_value():
         "server: {port: 65536}",
         "server: {port: true}",
         "server: {auth: {type: bearer}}",
+        "server: {auth: {type: sigv4}}",
+        "server: {auth: {type: sigv4, access_keys: {'a b': x}}}",
         "server: {auth: [{type: digest}]}",
         "functions: {'a b': {url: 'http://x/'}}",
         "functions: {f: {url: 'http://x/', timeout_seconds: 901}}",
