@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from poller.app import Connections
+from poller.aws.probe import Probe
 from poller.aws.session import AwsClients
 from poller.clock import SystemClock
 from poller.core.model import MappingId
@@ -27,7 +28,7 @@ async def pipes(*mappings: Wanted) -> list[Pipe]:
     """What each is connected to, one after the other, none of them disconnected in between."""
     clock = SystemClock(asyncio.get_running_loop())
     async with AwsClients(AwsSettings(region="eu-west-1")) as clients:
-        connections = Connections(clients, clock, Metrics(clock, list))
+        connections = Connections(clients, clock, Metrics(clock, list), Probe(clients))
         try:
             return [await connections.connect(mapping, LastResult()) for mapping in mappings]
         finally:

@@ -746,7 +746,7 @@ def test_a_configured_function_is_found_by_every_form_of_its_name(name, arn):
 def test_every_other_name_is_a_real_lambda_function(name):
     """Unknown names, and the name of a configured function in another account; invoked as given."""
     spec, settings = resolve_function(name, CONFIGURED, parse_source(SQS))
-    assert settings == LambdaFunction(spec.name, name)
+    assert settings == LambdaFunction(spec.name, name, is_configured=False)
 
 
 def test_the_account_of_an_arn_is_kept():
