@@ -66,11 +66,10 @@ def _order(given: argparse.Namespace, verb: str, order: dict[str, Any], state: s
         mapping = next((one for one in ask(f"{base}/api/status")["mappings"] if one["uuid"] == uuid), None)
         if mapping is None:
             raise PollerError(f"mapping {uuid} was deleted meanwhile")
-        if state is None and mapping["state"] == "Disabled" and mapping.get("seek_pending"):
+        if state is None and mapping["state"] == "Disabled":
             print(f"{uuid} is paused; it goes on from there when it is resumed")
             return OK
-        settled = mapping["state"] == state if state else mapping["state"] == "Enabled"
-        if settled and not mapping.get("seek_pending"):
+        if mapping["state"] == (state or "Enabled") and (state or not mapping["seek_pending"]):
             print(f"{uuid} {done}")
             return OK
         if time.monotonic() >= ends_at:

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from poller.cli import main
-from poller.verbs.status import status_lines
 
 VERBS = (
     "run",
@@ -35,7 +34,7 @@ def test_help_names_every_verb(capsys) -> None:
         assert f"    {verb}" in out
 
 
-@pytest.mark.parametrize("verb", ["checkpoints list", "import"])
+@pytest.mark.parametrize("verb", ["checkpoints list"])
 def test_a_verb_that_is_not_there_yet_says_so(verb, capsys) -> None:
     """Exit 2 and one sentence; never a silent success."""
     assert main(verb.split()) == 2
@@ -81,35 +80,6 @@ def test_status_without_a_daemon_is_a_sentence(capsys) -> None:
     assert "is `poller run` up" in capsys.readouterr().err
     assert main(["status", "--url", "127.0.0.1"]) == 1
     assert "is not a URL" in capsys.readouterr().err
-
-
-def test_status_shows_one_line_per_mapping_and_shard() -> None:
-    """State, lag, in flight, and for a blocked shard by what."""
-    shard = {
-        "id": "shardId-1", "state": "running", "lag_seconds": 1.25, "blocked_seconds": 12.0, "first_sequence": "7",
-        "last_sequence": "9", "attempts": 4, "last_error": "500 from 127.0.0.1:1/f",
-    }  # fmt: skip
-    mapping = {
-        "uuid": "u", "function": "f", "source": "kinesis", "state": "Enabled", "reason": "slow", "in_flight": 2, "shards": [shard],
-        "breaker": "closed", "receivers": None, "receiver_limit": None,
-    }  # fmt: skip
-    lines = status_lines({"mappings": [mapping]})
-    assert lines[0].split() == ["u", "kinesis", "f", "Enabled", "in", "flight", "2", "slow"]
-    assert "blocked for 12 s by 7..9, 4 attempts" in lines[1]
-    assert "500 from 127.0.0.1:1/f" in lines[1]
-    assert status_lines({"mappings": []}) == ["no mappings"]
-
-
-def test_status_of_a_queue_shows_its_receive_loops_and_its_breaker() -> None:
-    """Loops now and at most; that receiving is paused while the breaker is not closed. Older daemons say no loops."""
-    mapping = {
-        "uuid": "u", "function": "f", "source": "sqs", "state": "Enabled", "reason": "", "in_flight": 2, "shards": [],
-        "breaker": "open", "receivers": 3, "receiver_limit": 20,
-    }  # fmt: skip
-    (line,) = status_lines({"mappings": [mapping]})
-    assert line == "u  sqs      f  Enabled  in flight 2  receive loops 3/20  circuit open: receiving is paused"
-    old = {name: value for name, value in mapping.items() if not name.startswith("receiver")} | {"breaker": "closed"}
-    assert status_lines({"mappings": [old]}) == ["u  sqs      f  Enabled  in flight 2"]
 
 
 @pytest.mark.parametrize(
