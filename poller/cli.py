@@ -7,13 +7,8 @@ from collections.abc import Callable, Sequence
 
 from poller import __version__
 from poller.errors import ConfigError, PollerError
-from poller.verbs import control, daemon, filters, importing, redrive, status
-from poller.verbs.common import BAD_CONFIG, FATAL, add_verb
-
-# Verbs of the contract that this version does not have yet: shown in --help, refused with exit code 2.
-_NOT_YET = {
-    "checkpoints": "look at and move positions in the store: list, get, set, reset, export, import",
-}
+from poller.verbs import checkpoints, control, daemon, filters, importing, redrive, status
+from poller.verbs.common import BAD_CONFIG, FATAL
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,15 +36,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"esm-poller {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for family in (daemon, status, control, importing, filters, redrive):
+    for family in (daemon, status, control, checkpoints, importing, filters, redrive):
         family.add(verbs)
-    for name, text in _NOT_YET.items():
-        made = add_verb(verbs, name, f"{text} (not in this version yet)", _refuse)
-        made.set_defaults(name=name)
-        made.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
-
-
-def _refuse(given: argparse.Namespace) -> int:
-    print(f"poller {given.name}: not in this version of esm-poller yet", file=sys.stderr)
-    return BAD_CONFIG

@@ -83,9 +83,9 @@ async def known_mappings(
     toggled = await store.documents(_TOGGLED) if store else {}
     found = []
     for item in settings.mappings:
-        toggle = toggled.get(_TOGGLED + item.uuid)
-        is_valid = toggle is not None and toggle["declared"] == item.document["Enabled"]
-        document = {**item.document, "Enabled": toggle["enabled"]} if toggle and is_valid else item.document
+        document, toggle = item.document, toggled.get(_TOGGLED + item.uuid)
+        if toggle and toggle["declared"] == document["Enabled"]:  # else the file has spoken since
+            document = {**document, "Enabled": toggle["enabled"]}
         found.append(resolve(item.uuid, document, settings.functions, settings.path))
     made = await made_mappings(store) if store else {}
     for uuid, kept in made.items():

@@ -76,7 +76,9 @@ class MemoryStore:
         """Put these rows in place of all that these mappings have, and documents (None: deleted), all or none. False:
         `leases` are not all their rows, or one is lost.
         """
-        texts = {key: json.dumps(document, allow_nan=False) for key, document in documents.items() if document}
+        texts = {
+            key: json.dumps(document, allow_nan=False) for key, document in documents.items() if document is not None
+        }
         held = {(lease.mapping, lease.shard) for lease in leases if self._held(lease) is not None}
         if len(held) < len(leases) or held != {key for key in self._rows if key[0] in rows}:
             return False

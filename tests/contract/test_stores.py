@@ -476,3 +476,65 @@ async def test_the_oldest_documents_are_pruned(store: CheckpointStore) -> None:
     await store.prune_documents("discarded/a/", 9)
     await store.prune_documents("nothing", 0)
     assert len(await store.documents("")) == 3
+
+
+async def test_mappings_with_rows_are_listed(store: CheckpointStore) -> None:
+    """In order, each once, as long as one row is left; documents do not count."""
+    assert list(await store.mappings()) == []
+    await store.create(OTHER, [row("s1"), row("s2")])
+    await store.create(M, [row("s1")])
+    await store.put_document("stream/third", {})
+    assert list(await store.mappings()) == [M, OTHER]
+    await store.forget(OTHER, ["s1"])
+    assert list(await store.mappings()) == [M, OTHER]
+    await store.forget(OTHER)
+    assert list(await store.mappings()) == [M]
+
+
+async def test_rows_are_restored_in_one_step(open_store: Open, store: CheckpointStore) -> None:
+    """All that a mapping has is replaced, documents are put and deleted, and an old position stays old."""
+    leases = await leased(store, "s1", "s2")
+    await store.create(OTHER, [row("s1")])
+    await store.put_document("a", {})
+    await store.put_document("b", {})
+    checkpoint = Checkpoint(Position(PositionKind.AT, SEQUENCE), ((HUGE, 7),), "5.0\n{}")
+    put = [row("s2", checkpoint=checkpoint, parents=("s0",), token=9, saved_at=1_600_000_000.0), row("s3")]
+    third = "0a3c4e6f-0000-4000-8000-00000000000c"
+    assert await store.restore({M: put, third: [row("s1")]}, leases, {"a": None, "c": {"n": 1}, "b": {"n": {}}})
+    await store.close()
+    again = await open_store()
+    found = await again.load(M)
+    assert found == {"s2": put[0], "s3": put[1]}
+    assert found["s2"].saved_at == 1_600_000_000.0
+    assert found["s3"].saved_at > 1_600_000_000.0
+    assert await again.load(third) == {"s1": row("s1")}
+    assert await again.load(OTHER) == {"s1": row("s1")}
+    assert await again.documents("") == {"b": {"n": {}}, "c": {"n": 1}}
+    assert await again.restore({third: []}, [], {}) is False, "it has a row that nobody holds"
+    lease = await again.acquire(third, row("s1"), "me")
+    assert lease
+    assert await again.restore({third: []}, [lease], {})
+    assert list(await again.mappings()) == [M, OTHER]
+    await again.close()
+
+
+@pytest.mark.parametrize("what", ["lost", "released", "gone", "not held", "of nothing"])
+async def test_rows_are_restored_by_who_holds_them_all(store: CheckpointStore, what: str) -> None:
+    """Else nothing is changed, neither rows nor documents."""
+    leases = await leased(store, "s1", "s2")
+    match what:
+        case "lost":
+            assert await store.acquire(M, (await store.load(M))["s2"], "other")
+        case "released":
+            await store.release(leases[1], None)
+        case "gone":
+            await store.forget(M, ["s2"])
+        case "not held":
+            await store.create(M, [row("s3")])
+        case _:
+            leases.append(Lease(M, "s3", "me", 1))
+    before = await store.load(M)
+    assert await store.restore({M: [row("s9")], OTHER: [row("s1")]}, leases, {"a": {}}) is False
+    assert await store.load(M) == before
+    assert await store.load(OTHER) == {}
+    assert await store.documents("") == {}

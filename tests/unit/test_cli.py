@@ -25,20 +25,13 @@ VERBS = (
 
 
 def test_help_names_every_verb(capsys) -> None:
-    """All verbs of the contract, those that are not there yet marked so."""
+    """All verbs of the contract."""
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
     for verb in VERBS:
         assert f"    {verb}" in out
-
-
-@pytest.mark.parametrize("verb", ["checkpoints list"])
-def test_a_verb_that_is_not_there_yet_says_so(verb, capsys) -> None:
-    """Exit 2 and one sentence; never a silent success."""
-    assert main(verb.split()) == 2
-    assert "not in this version" in capsys.readouterr().err
 
 
 def test_validate_prints_results_and_mistakes_apart(tmp_path, capsys) -> None:
