@@ -212,6 +212,7 @@ class Daemon:
             saver = tasks.create_task(checkpointer.run())
             reloader = tasks.create_task(self._follow(control, metrics))
             watcher = tasks.create_task(watch(settings.path, self._look))
+            sampler = tasks.create_task(server.history.run())
             work = tasks.create_task(supervisor.run())
             await self._stop.wait()
             _log.info("stopping", grace=settings.shutdown_grace)
@@ -221,6 +222,7 @@ class Daemon:
             saver.cancel()
             reloader.cancel()
             watcher.cancel()
+            sampler.cancel()
         _log.info("stopped")
 
     async def _follow(self, control: ControlPlane, metrics: Metrics) -> None:

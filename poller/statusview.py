@@ -125,32 +125,35 @@ def headroom_of(mapping: Document) -> float | None:
 
 def shard_state(shard: Document) -> str:
     """In words. A shard whose state is `blocked` waits for its parent: not what an operator means by blocked."""
-    return _STATES.get(shard["state"], shard["state"])
+    state: str = shard["state"]
+    return _STATES.get(state, state)
 
 
 def source_name(mapping: Document) -> str:
     """`kinesis orders`: the kind, and the name in the ARN: a stream's, a table's or a queue's."""
     resource = mapping.get("source_arn", "").split(":", 5)[-1]
     parts = resource.split("/")
-    return f"{mapping['source']} {parts[1] if len(parts) > 1 else resource}".rstrip()
+    name: str = parts[1] if len(parts) > 1 else resource
+    return f"{mapping['source']} {name}".rstrip()
 
 
 def duration(seconds: float | None, unknown: str = "-") -> str:
-    """`0.4 s`, `52 s`, `4 min 10 s`, `43 min`, `1 h 12 min`, `2 d 3 h`. Rounded down: time left is never overstated."""
+    """`0.4 s`, `52 s`, `4 min 10 s`, `43 min`, `1 h 12 min`, `24 h`, `2 d 3 h`. Rounded down: time left is never
+    overstated.
+    """
     if seconds is None:
         return unknown
     if seconds < 10:
         return f"{int(seconds * 10) / 10:g} s"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    if minutes >= 10:
-        return f"{minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    if hours >= 48:
+        parts = [(hours // 24, "d"), (hours % 24, "h")]
+    elif hours:
+        parts = [(hours, "h"), (minutes, "min")]
+    else:
+        parts = [(minutes, "min"), (rest if minutes < 10 else 0, "s")]
+    return " ".join(f"{count} {unit}" for count, unit in parts if count)
 
 
 def per_second(rate: float | None, unknown: str = "-") -> str:

@@ -15,11 +15,14 @@ def pytest_addoption(parser):
     )
     parser.addoption("--first-seed", type=int, default=0, help="where the seeds begin")
     parser.addoption("--soak", action="store_true", help="run the long tests too")
+    parser.addoption("--browser", action="store_true", help="run the tests that need Chromium too")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--soak"):
-        deselected = [item for item in items if item.get_closest_marker("soak")]
+    for marker in ("soak", "browser"):
+        if config.getoption(f"--{marker}"):
+            continue
+        deselected = [item for item in items if item.get_closest_marker(marker)]
         if deselected:
             config.hook.pytest_deselected(items=deselected)
-            items[:] = [item for item in items if not item.get_closest_marker("soak")]
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]

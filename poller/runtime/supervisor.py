@@ -290,6 +290,8 @@ class Supervisor:
             receivers=runner.receivers if runner else None,
             receiver_limit=runner.receiver_limit if runner else None,
             seek_pending=kept.is_sought,
+            last_result=kept.result.text,
+            declared_in=mapping.declared_in,
             shards=runner.shards() if runner else (),
         )
 

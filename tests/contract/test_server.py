@@ -527,6 +527,8 @@ async def test_api_status_is_the_contract(local):
             reason="slow",
             in_flight=2,
             retention=100.0,
+            last_result="OK",
+            declared_in="/etc/poller.yaml",
             shards=(
                 ShardStatus(
                     "s1",
@@ -550,7 +552,8 @@ async def test_api_status_is_the_contract(local):
     code, headers, text = await local.ask("GET", "/api/status")
     assert (code, headers["Content-Type"]) == (200, "application/json; charset=utf-8")
     document = json.loads(text)
-    assert document.keys() == {"version", "mappings"}
+    assert document.keys() == {"version", "at", "mappings"}
+    assert document["at"] == NOW
     (mapping,) = document["mappings"]
     shards = mapping.pop("shards")
     assert mapping == {
@@ -559,12 +562,22 @@ async def test_api_status_is_the_contract(local):
         "source": "kinesis",
         "source_arn": "arn:k",
         "state": "Enabled",
+        "declared_in": "/etc/poller.yaml",
         "reason": "slow",
+        "last_result": "OK",
         "in_flight": 2,
         "breaker": "closed",
         "receivers": None,
         "receiver_limit": None,
         "seek_pending": False,
+        "retention_seconds": 100.0,
+        "lag_seconds": 30.0,
+        "headroom_seconds": 60.0,
+        "blocked_shards": 1,
+        "records_per_second": None,
+        "failed_per_second": None,
+        "records_dropped": None,
+        "records_lost": None,
     }
     assert shards[0] == {
         "id": "s1",
@@ -592,51 +605,42 @@ async def test_api_status_is_the_contract(local):
     }
 
 
-async def test_the_page_escapes_everything_and_fetches_nothing(local):
-    """No value becomes markup, and the policy forbids all but the page's own style."""
-    evil = "<script>alert('x')</script>\"&"
-    local.control.statuses = [
-        status(
-            id=evil,
-            function=evil,
-            source_arn=evil,
-            state=evil,
-            reason=evil,
-            breaker=evil,
-            shards=(ShardStatus(evil, ShardState.RUNNING, lag=90.0, last_error=evil),),
-        )
-    ]
-    code, headers, text = await local.ask("GET", "/")
-    assert (code, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-    assert "<script" not in text
-    assert text.count("&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;&quot;&amp;") == 8
-    assert "1.5 min" in text
-    assert "http:" not in text
-    assert "src=" not in text
-    assert "href=" not in text
-    assert headers["Content-Security-Policy"].startswith("default-src 'none'; style-src 'sha256-")
-    assert headers["X-Content-Type-Options"] == "nosniff"
-
-
-async def test_a_queue_shows_its_receive_loops_and_its_breaker(local):
-    """How many receive, how many may, and that receiving is paused while the breaker is not closed; JSON and page."""
-    more = {"source": SourceKind.SQS, "source_arn": "arn:q", "state": "Enabled", "in_flight": 3, "receivers": 0}
-    local.control.statuses = [status(**more, receiver_limit=20, breaker="open")]
+async def test_api_status_has_rates_and_history(local):
+    """Once it was sampled: rates and totals; the last hour where it is asked for; no NaN, which is not JSON."""
+    local.control.statuses = [status(source_arn="arn:k", state="Enabled")]
+    local.server.history.sample()
     _, _, text = await local.ask("GET", "/api/status")
     (mapping,) = json.loads(text)["mappings"]
-    assert (mapping["receivers"], mapping["receiver_limit"], mapping["breaker"]) == (0, 20, "open")
-    _, _, text = await local.ask("GET", "/")
-    assert "<p>3 in flight, 0 of at most 20 receive loops</p>" in text
-    assert "circuit open: receiving is paused" in text
-    local.control.statuses = [status(**more, receiver_limit=20)]
-    assert "circuit" not in (await local.ask("GET", "/"))[2]
+    assert "history" not in mapping
+    assert (mapping["records_per_second"], mapping["records_lost"]) == (None, 0)
+    _, _, text = await local.ask("GET", "/api/status?history=1")
+    assert "NaN" not in text
+    history = json.loads(text)["mappings"][0]["history"]
+    assert (history["step_seconds"], abs(history["ends_at"] - NOW) <= 7.5) == (15, True)
+    assert all(len(history[name]) == 240 for name in ("lag_seconds", "records_per_second", "failed_per_second"))
+
+
+async def test_an_attempt_that_waits_for_nothing_is_due_now(local):
+    """JSON has no infinity."""
+    shard = ShardStatus("s", ShardState.RUNNING, blocked_since=NOW - 1, next_attempt=-float("inf"))
+    local.control.statuses = [status(source_arn="arn:k", state="Enabled", shards=(shard,))]
+    _, _, text = await local.ask("GET", "/api/status")
+    assert json.loads(text)["mappings"][0]["shards"][0]["next_attempt"] == NOW
+
+
+async def test_the_page_is_locked_down(local):
+    """HTML that nothing may load into, run in or frame, and that is not kept."""
     local.control.statuses = [status(source_arn="arn:k", state="Enabled")]
-    assert "receive loops" not in (await local.ask("GET", "/"))[2]
-
-
-async def test_the_page_of_nothing(local):
-    """Without mappings the page says so."""
-    assert "No mappings." in (await local.ask("GET", "/"))[2]
+    code, headers, text = await local.ask("GET", "/?refresh=0")
+    assert (code, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert "orders" in text
+    assert 'http-equiv="refresh"' not in text
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert all(f"{name} 'none'" in policy for name in ("base-uri", "form-action", "frame-ancestors"))
+    assert "unsafe" not in policy
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Cache-Control"] == "no-store"
 
 
 # --- doors ---

@@ -8,7 +8,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -136,8 +135,3 @@ async def _drain(stream: asyncio.StreamReader) -> None:
     """A full pipe would stop the browser."""
     while await stream.readline():
         pass
-
-
-def save(picture: bytes, path: Path) -> None:
-    """For whoever wants to look."""
-    path.write_bytes(picture)
