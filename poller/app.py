@@ -29,11 +29,12 @@ from poller.ports import Clock, QueueSource, StreamSource, Target
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM, Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
+from poller.runtime.lease_keeper import LeaseKeeper
 from poller.runtime.supervisor import Supervisor, Wanted
 from poller.server.app import Server
-from poller.settings import FunctionSettings, HttpFunction, LambdaFunction, Settings
+from poller.settings import DynamoStoreSettings, FunctionSettings, HttpFunction, LambdaFunction, Settings, StoreSettings
 from poller.sources import Sources, traits
-from poller.stores.sqlite import SqliteStore
+from poller.stores import open_store
 from poller.targets import open_target
 from poller.telemetry import Metrics, configure_logging
 from poller.watch import stamp, watch
@@ -46,12 +47,18 @@ class _Shared:
     """One function's target, shared by its mappings in a Region; closed with the last of them."""
 
     target: Target
-    gate: Gate
     users: int = 0
 
 
+def _emulator(settings: FunctionSettings) -> str | None:
+    """The URL of a Runtime Interface Emulator."""
+    return settings.url if isinstance(settings, HttpFunction) and settings.protocol == "rie" else None
+
+
 class Connections:
-    """Implements `Plumbing`: a target is opened once for each function and Region, a source for each start."""
+    """Implements `Plumbing`: a target is opened once for each function and Region, a source for each start. The gate of
+    a function outlives changes of its settings, for what is in flight under the old ones counts under the new.
+    """
 
     def __init__(self, clients: AwsClients, clock: Clock, metrics: Metrics, probe: Probe) -> None:
         self._clients = clients
@@ -61,7 +68,7 @@ class Connections:
         self._sources = Sources(clients, clock)
         self._destinations = Destinations(clients)
         self._functions: dict[tuple[FunctionSettings, str], _Shared] = {}
-        self._gates: dict[tuple[str, int | None, float | None], Gate] = {}
+        self._gates: dict[str, Gate] = {}  # by function name, or by URL of an emulator
 
     async def connect(self, wanted: Wanted, result: LastResult) -> Pipe:
         """The pipe of a mapping. ConfigError when its target's files (CA, certificate) cannot be read."""
@@ -71,12 +78,13 @@ class Connections:
         destination = self._destinations.open(reported_to.target, mapping.source.region) if reported_to else None
         wanted_records = compile_filter(mapping.filters, mapping.source.kind)
         key = (settings, mapping.source.region)
-        shared = self._functions.get(key)
+        shared = self._functions.pop(key, None)
         if shared is None:
-            target = open_target(settings, mapping.source.region, self._clients, self._clock)
-            shared = self._functions[key] = _Shared(target, self._gate(settings, target))
+            shared = _Shared(open_target(settings, mapping.source.region, self._clients, self._clock))
+        self._functions[key] = shared  # the newest settings of a function last
+        gate = self._gate(settings, shared.target)
         shared.users += 1
-        shared.gate.users += 1
+        gate.users += 1
 
         async def open_stream() -> StreamSource:
             return await self._sources.open_stream(await self._with_role(mapping, settings))
@@ -88,7 +96,7 @@ class Connections:
             mapping=mapping,
             result=result,
             target=shared.target,
-            gate=shared.gate,
+            gate=gate,
             observer=self._metrics.observer(mapping),
             traits=traits(mapping.source),
             open_stream=open_stream,
@@ -99,7 +107,8 @@ class Connections:
 
     async def _with_role(self, mapping: Mapping, settings: FunctionSettings) -> Mapping:
         """Records of Kinesis show the function's role. That of a function that only AWS knows is asked for."""
-        if not isinstance(settings, LambdaFunction) or settings.is_configured:
+        is_shown = mapping.source.kind is SourceKind.KINESIS
+        if not is_shown or not isinstance(settings, LambdaFunction) or settings.is_configured:
             return mapping
         if (role := await self._probe.role(settings, mapping.source.region)) is None:
             _log.warning(
@@ -113,23 +122,38 @@ class Connections:
 
     def _gate(self, settings: FunctionSettings, target: Target) -> Gate:
         """`max_concurrency` and `max_invocations_per_second` hold for the function in the whole daemon; the Runtime
-        Interface Emulator takes one call at a time per URL, whatever names it has.
+        Interface Emulator takes one call at a time per URL, whatever names it has. The newest settings hold at once,
+        for mappings too that have not changed yet.
         """
         limits = [limit for limit in (settings.max_concurrency, target.capacity) if limit is not None]
         limit, rate = min(limits, default=None), settings.max_invocations_per_second
         name = settings.name
-        if isinstance(settings, HttpFunction) and settings.protocol == "rie":
-            name = settings.url
-        return self._gates.setdefault((name, limit, rate), Gate(limit, rate))
+        if url := _emulator(settings):
+            name, rate = url, self._emulator_rate(url)
+        gate = self._gates.get(name)
+        if gate is None:
+            gate = self._gates[name] = Gate(limit, rate)
+        else:
+            gate.resize(limit, rate)
+        return gate
+
+    def _emulator_rate(self, url: str) -> float | None:
+        """The lowest rate of the functions that share the emulator."""
+        newest = {settings.name: settings for settings, _ in self._functions if _emulator(settings) == url}
+        rates = [settings.max_invocations_per_second for settings in newest.values()]
+        return min([rate for rate in rates if rate is not None], default=None)
 
     async def disconnect(self, pipe: Pipe) -> None:
         """Close the target with its last mapping."""
         pipe.gate.users -= 1
+        self._gates = {name: gate for name, gate in self._gates.items() if not gate.is_unused}
         for key, shared in list(self._functions.items()):
             if shared.target is pipe.target:
                 shared.users -= 1
                 if shared.users == 0:
                     del self._functions[key]
+                    if (url := _emulator(key[0])) and pipe.gate.users:
+                        pipe.gate.resize(1, self._emulator_rate(url))
                     await shared.target.close()
 
     def forgotten(self, mapping: MappingId) -> None:
@@ -181,14 +205,16 @@ class Daemon:
         settings = self._settings
         rng = system_random()
         metrics = Metrics(clock, lambda: supervisor.status())  # noqa: PLW0108  # made below: it needs the store
-        store = await SqliteStore.open(settings.store.path, metrics.store_observer())
-        stack.push_async_callback(store.close)
+        store = await open_store(settings, metrics.store_observer(), stack)
         clients = await stack.enter_async_context(AwsClients(settings.aws))
         probe = Probe(clients)
         connections = Connections(clients, clock, metrics, probe)
         stack.push_async_callback(connections.close)
         trouble = Backoff(TROUBLE_INITIAL, TROUBLE_MAXIMUM, rng.random)
         checkpointer = Checkpointer(store, clock, settings.checkpoint_interval, trouble)
+        me = f"{socket.gethostname()}/{os.getpid()}/{rng.getrandbits(32):08x}"
+        is_fleet = isinstance(settings.store, DynamoStoreSettings)
+        leases = LeaseKeeper(store, clock, me, settings.lease_duration, trouble, alone=not is_fleet)
         context = Context(
             clock=clock,
             random=rng,
@@ -197,7 +223,7 @@ class Daemon:
             budget=ByteBudget(settings.limits.buffer_bytes),
             backoff=Backoff(settings.retry.initial_backoff, settings.retry.maximum_backoff, rng.random),
             trouble=trouble,
-            owner=f"{socket.gethostname()}/{os.getpid()}/{rng.getrandbits(32):08x}",
+            leases=leases,
         )
         supervisor = Supervisor(context, connections)
         control = ControlPlane(store, supervisor, probe)
@@ -210,6 +236,7 @@ class Daemon:
         )
         async with asyncio.TaskGroup() as tasks:
             saver = tasks.create_task(checkpointer.run())
+            keeper = tasks.create_task(leases.run())
             reloader = tasks.create_task(self._follow(control, metrics))
             watcher = tasks.create_task(watch(settings.path, self._look))
             sampler = tasks.create_task(server.history.run())
@@ -217,8 +244,11 @@ class Daemon:
             await self._stop.wait()
             _log.info("stopping", grace=settings.shutdown_grace)
             control.stopping()
+            await leases.stop()
             supervisor.stop(settings.shutdown_grace)
             await work
+            await leases.leave()
+            keeper.cancel()
             saver.cancel()
             reloader.cancel()
             watcher.cancel()
@@ -229,7 +259,7 @@ class Daemon:
         """Read the config file again at each SIGHUP and when it has changed; a bad one is refused and the old one goes
         on.
         """
-        seen = stamp(self._settings.path)
+        seen = self._settings.stamp
         while True:
             await self._look.wait()
             self._look.clear()
@@ -264,7 +294,7 @@ async def check_connections(settings: Settings) -> list[str]:
     found: list[str] = []
     async with AwsClients(settings.aws) as clients:
         sources = Sources(clients, clock)
-        if problem := await _check_store(settings.store.path, Metrics(clock, list)):
+        if problem := await _check_store(settings, Metrics(clock, list)):
             found.append(f"{settings.path}: store: {problem}")
         checked: set[tuple[FunctionSettings, str]] = set()
         for item in settings.mappings:
@@ -305,15 +335,17 @@ async def _check_destination(clients: AwsClients, mapping: Mapping) -> str | Non
         await destinations.close()
 
 
-async def _check_store(path: str, metrics: Metrics) -> str | None:
+async def _check_store(settings: Settings, metrics: Metrics) -> str | None:
     """Can it be used? Looks only: it makes nothing, and a daemon that runs on it, or starts now, is not disturbed."""
-    if not await asyncio.to_thread(Path(path).exists):
-        return await asyncio.to_thread(_why_unmakeable, path)
-    try:
-        store = await SqliteStore.open(path, metrics.store_observer(), exclusive=False)
-    except PollerError as error:
-        return str(error)
-    await store.close()
+    where = settings.store
+    if isinstance(where, StoreSettings) and not await asyncio.to_thread(Path(where.path).exists):
+        return await asyncio.to_thread(_why_unmakeable, where.path)
+    async with AsyncExitStack() as stack:
+        try:
+            store = await open_store(settings, metrics.store_observer(), stack, exclusive=False)
+            await store.members()
+        except PollerError as error:
+            return str(error)
     return None
 
 

@@ -13,7 +13,7 @@ import os
 import pwd
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from graphlib import CycleError, TopologicalSorter
@@ -33,9 +33,9 @@ from poller.errors import ConfigError, PollerError, StoreInUse
 from poller.mappings import find_mapping
 from poller.ports import CheckpointStore
 from poller.runtime.stream_runner import seek_key, spelled, stream_key
-from poller.settings import Settings
+from poller.settings import Settings, StoreSettings
 from poller.stores.memory import MemoryStore
-from poller.stores.sqlite import SqliteStore
+from poller.stores import open_store
 from poller.telemetry import Metrics, configure_logging
 
 _log = structlog.get_logger(__name__)
@@ -322,7 +322,7 @@ class Checkpoints:
 
     async def _show(self, uuid: MappingId) -> Shown:
         documents = await self._store.documents(stream_key(uuid))
-        is_sought = seek_key(uuid) in await self._store.document_keys(seek_key(uuid))
+        is_sought = bool(await self._store.document_keys(seek_key(uuid)))
         rows = await self._store.load(uuid)
         return Shown(uuid, self._known.get(uuid), rows, documents.get(stream_key(uuid)), is_sought)
 
@@ -381,7 +381,8 @@ class Checkpoints:
         self._refuse_running(shown)
         if not dry:
             leases = await self._acquire(shown.id, shown.rows.values())
-            await self._put({shown.id: ()}, leases, {stream_key(shown.id): None, seek_key(shown.id): None})
+            orders = await self._store.document_keys(seek_key(shown.id))
+            await self._put({shown.id: ()}, leases, dict.fromkeys([stream_key(shown.id), *orders]))
         moves = [Move(shown.id, shown.function, row.shard, row.checkpoint, None) for row in shown.rows.values()]
         return self._moved(moves, dry=dry)
 
@@ -410,7 +411,8 @@ class Checkpoints:
         for exported in document.mappings:
             uuid = exported.mapping
             rows[uuid] = [_row_of(shard, tokens.get((uuid, shard.shard), 0)) for shard in exported.shards]
-            documents[seek_key(uuid)] = None  # it would move what was just put there
+            # They would move what was just put there.
+            documents.update(dict.fromkeys(await self._store.document_keys(seek_key(uuid))))
             documents[stream_key(uuid)] = msgspec.to_builtins(exported.stream) if exported.stream else None
         if not dry:
             await self._put(rows, leases, documents)
@@ -545,9 +547,10 @@ def run(
     """
     # Whatever level the config wants: the audit lines are seen, and what libraries have to say is not.
     configure_logging(replace(settings.log, level="warning"), settings.secrets())
-    is_there = _is_there(settings.store.path)
+    path = settings.store.path if isinstance(settings.store, StoreSettings) else ""
+    is_there = not path or _is_there(path)
     if not is_there and make is None:
-        raise PollerError(f"there is no store {settings.store.path}; `poller run` makes it when it first starts")
+        raise PollerError(f"there is no store {path}; `poller run` makes it when it first starts")
     return asyncio.run(_run(settings, work, change=change, is_empty=not is_there and make is False))
 
 
@@ -567,21 +570,17 @@ async def _run(settings: Settings, work: Callable[[Checkpoints], Awaitable[_T]],
         has_daemon = False
         store: CheckpointStore = MemoryStore()
         if not is_empty:
-            store, has_daemon = await _open(settings, change=change)
-            stack.push_async_callback(store.close)
+            store, has_daemon = await _open(settings, stack, change=change)
         known = [mapping for mapping, _ in await known_mappings(settings, store)]
         return await work(Checkpoints(store, known, has_daemon=has_daemon))
 
 
-async def _open(settings: Settings, *, change: bool) -> tuple[CheckpointStore, bool]:
-    """The store, and whether another process holds it. A look does not take the lock: a daemon that starts in that
-    moment would find the store in use.
+async def _open(settings: Settings, stack: AsyncExitStack, *, change: bool) -> tuple[CheckpointStore, bool]:
+    """The store, and whether another process may hold it. A look does not take the lock: a daemon that starts in that
+    moment would find the store in use. Who uses a table nobody knows.
     """
     observer = Metrics(SystemClock(asyncio.get_running_loop()), list).store_observer()
-    path = settings.store.path
-    if change:
-        try:
-            return await SqliteStore.open(path, observer), False
-        except StoreInUse:
-            pass
-    return await SqliteStore.open(path, observer, exclusive=False), True
+    if change and isinstance(settings.store, StoreSettings):
+        with suppress(StoreInUse):
+            return await open_store(settings, observer, stack), False
+    return await open_store(settings, observer, stack, exclusive=False), True

@@ -6,7 +6,7 @@ Values of headers and credentials, and whatever came through `${...}`, never sta
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from ipaddress import ip_address
 from json import dumps
@@ -42,6 +42,7 @@ from poller.settings import (
     ServerSettings,
     Settings,
     SigV4Auth,
+    DynamoStoreSettings,
     StoreSettings,
     TlsSettings,
     is_reserved_header,
@@ -63,11 +64,13 @@ from poller.shapes import (
     join,
     nearest,
 )
+from poller.watch import stamp
 from poller.yamldoc import Node, parse
 
 PLACES = ("/etc/poller/poller.yaml", "config/poller.yaml")
 MAX_FILE_BYTES = 10 * 1024 * 1024
 _MAX_SECRET_BYTES = 1024 * 1024
+_DYNAMO_INTERVAL = 1.0  # seconds between two saves of a shard: each is a write that is paid for
 _SHOWN = 80  # characters of a value in a mistake
 _TYPO = 0.75  # how alike a FunctionName and a configured name are before we ask
 
@@ -101,12 +104,37 @@ def _store(text: str) -> Complaint | None:
         except ValueError:
             return "is not a store", remedy
         good = re.fullmatch(r"[a-zA-Z0-9_.-]{3,255}", parts.netloc) and parts.path in {"", "/"}
-        unknown = {key for key, _ in parse_qsl(parts.query, keep_blank_values=True)} - {"region", "create"}
-        return None if good and not unknown else ("is not a store", "give dynamodb://TABLE[?region=REGION&create=true]")
+        return None if good and _dynamo_query(parts.query) is not None else ("is not a store", _DYNAMO_REMEDY)
     path = _store_path(text)
     if not path or path.endswith("/") or re.search(r"[?#\x00-\x1f\x7f]", path):
         return "is not a store", remedy
     return None
+
+
+_DYNAMO_REMEDY = "give dynamodb://TABLE[?region=REGION&endpoint_url=URL&create=true]"
+
+
+def _dynamo_query(query: str) -> dict[str, str] | None:
+    """What follows the table's name; None when there is something in it that means nothing."""
+    pairs = parse_qsl(query, keep_blank_values=True)
+    found = dict(pairs)
+    fine = (
+        len(found) == len(pairs)
+        and found.keys() <= {"region", "endpoint_url", "create"}
+        and found.get("create", "true") in {"true", "false"}
+        and re.fullmatch(r"[a-z]{2,}(-[a-z0-9]+)+", found.get("region", "eu-west-1"))
+        and _url(found.get("endpoint_url", "http://x")) is None
+    )
+    return found if fine else None
+
+
+def _store_settings(url: str) -> StoreSettings | DynamoStoreSettings:
+    if not url.startswith("dynamodb:"):
+        return StoreSettings(url, _store_path(url))
+    parts = urlsplit(url)
+    query = _dynamo_query(parts.query) or {}
+    create = query.get("create") == "true"
+    return DynamoStoreSettings(url, parts.netloc, query.get("region"), query.get("endpoint_url"), create)
 
 
 def _store_path(url: str) -> str:
@@ -227,8 +255,9 @@ CONFIG = Object(
         Field("event_source_mappings", ListOf(item_shape()), "CreateEventSourceMapping requests."),
         Field(
             "store",
-            Text("sqlite:///ABSOLUTE/PATH or sqlite:./RELATIVE/PATH", 1, 4096, rule=_store),
-            "Where positions are kept: sqlite:///PATH or sqlite:./PATH. Default: sqlite:///var/lib/poller/poller.db.",
+            Text("sqlite:///ABSOLUTE/PATH, sqlite:./RELATIVE/PATH or dynamodb://TABLE", 1, 4096, rule=_store),
+            "Where positions are kept: sqlite:///PATH, sqlite:./PATH, or dynamodb://TABLE for a fleet. "
+            "Default: sqlite:///var/lib/poller/poller.db.",
         ),
         Field(
             "server",
@@ -308,7 +337,11 @@ CONFIG = Object(
             ),
             "Bounds of the whole process.",
         ),
-        Field("checkpoint_interval_seconds", Number(0.01, 60), "Longest time between saves. Default: 0.1."),
+        Field(
+            "checkpoint_interval_seconds",
+            Number(0.01, 60),
+            "Longest time between saves. Default: 0.1, with DynamoDB 1.",
+        ),
         Field("lease_seconds", Number(2, 3600), "How long a lease lasts. Default: 10."),
         Field("shutdown_grace_seconds", Number(0, 3600), "How long a stop waits for what is in flight. Default: 25."),
         Field("tracing", Object((Field("endpoint", _URL, "OTLP endpoint.", required=True),)), "OpenTelemetry traces."),
@@ -318,10 +351,8 @@ CONFIG = Object(
 # What later versions bring. Taking a line out allows the feature.
 _Test = Callable[[Any], bool]
 _REFUSED: tuple[tuple[str, str, _Test], ...] = (
-    (r"store", "a store in DynamoDB", lambda value: str(value).startswith("dynamodb:")),
     (r"server\.tls", "TLS of the server", lambda _: True),
     (r"tracing", "tracing", lambda _: True),
-    (r"lease_seconds", "a lease time", lambda _: True),
     (r"limits\.shard_series", "a limit of shard series", lambda _: True),
     (r"log\.payloads", "logging payloads", lambda value: convert(Flag(), value, ("",)) is True),
 )
@@ -347,10 +378,11 @@ def load(path: str, *, now: float | None = None) -> Settings:
     Reads the environment and the files that `${...}` name, so a reload sees their changes. `now`: epoch seconds that a
     StartingPositionTimestamp must not be after, the wall clock's when None.
     """
+    before = stamp(path)
     root = parse(_read(path), path)
     if root is None or root.content is None:
         raise ConfigError([f"{path}:1: the file is empty; give at least functions and event_source_mappings"])
-    return _Loader(path, now).settings(root)
+    return replace(_Loader(path, now).settings(root), stamp=before)
 
 
 def _read(path: str) -> str:
@@ -663,9 +695,13 @@ class _Loader:
             "filled": frozenset(self._secrets),
         }
         if "store" in values:
-            settings["store"] = StoreSettings(values["store"], _store_path(values["store"]))
+            settings["store"] = _store_settings(values["store"])
+            if isinstance(settings["store"], DynamoStoreSettings):
+                settings["checkpoint_interval"] = _DYNAMO_INTERVAL
         if "checkpoint_interval_seconds" in values:
             settings["checkpoint_interval"] = float(values["checkpoint_interval_seconds"])
+        if "lease_seconds" in values:
+            settings["lease_duration"] = float(values["lease_seconds"])
         if "shutdown_grace_seconds" in values:
             settings["shutdown_grace"] = float(values["shutdown_grace_seconds"])
         return Settings(**settings)

@@ -36,7 +36,7 @@ from poller.mappings import (
     resolve_function,
 )
 from poller.ports import CheckpointStore, Probe
-from poller.runtime.stream_runner import seek_key, stream_key
+from poller.runtime.stream_runner import SEEK, seek_key, stream_key
 from poller.runtime.supervisor import Supervisor, Wanted
 from poller.settings import Declared, FunctionSettings, LambdaFunction, Settings
 
@@ -114,8 +114,10 @@ class ControlPlane:
         for key in await self._store.documents(_DELETED):  # a stop came before their positions were gone
             uuid = key.removeprefix(_DELETED)
             await self._store.forget(uuid)
+            await self._store.delete_document(_MADE + uuid)
             await self._store.delete_document(stream_key(uuid))
-            await self._store.delete_document(seek_key(uuid))
+            for order in await self._store.document_keys(seek_key(uuid)):
+                await self._store.delete_document(order)
             await self._store.delete_document(key)
         self._toggled = {
             key.removeprefix(_TOGGLED): toggle for key, toggle in (await self._store.documents(_TOGGLED)).items()
@@ -123,8 +125,8 @@ class ControlPlane:
         for uuid, kept in (await made_mappings(self._store)).items():
             self._entries[uuid] = _Entry(uuid, kept["document"], kept["modified"])
         await self.apply(settings)
-        for key in await self._store.document_keys(seek_key("")):
-            self._supervisor.begin_anew(key.removeprefix(seek_key("")))
+        for key in await self._store.document_keys(SEEK):
+            self._supervisor.seek(key.split("/")[1])
 
     async def apply(self, settings: Settings) -> None:
         """Follow a config file: only mappings that it changes are touched; one that it dropped keeps its positions."""
@@ -256,20 +258,25 @@ class ControlPlane:
 
     async def update(self, uuid: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """UpdateEventSourceMapping. ApiError; a declared mapping may only be enabled and disabled."""
+        shown, merged = self._merged(self._find_live(uuid), changes)
+        if merged["FunctionName"] != shown["FunctionName"]:
+            await self._check_function(merged)  # without the lock: AWS may take its time
         async with self._lock:
             entry = self._find_live(uuid)
-            shown = {**entry.document, "Enabled": self._is_enabled(entry)}
-            _refuse(check_update(shown, changes))
-            merged = merge_update(shown, changes)
+            shown, merged = self._merged(entry, changes)
             if entry.declared_in:
                 await self._toggle(entry, merged, shown)
             else:
-                if merged["FunctionName"] != shown["FunctionName"]:
-                    await self._check_function(merged)
                 self._refuse_duplicate(merged, uuid)
                 entry = replace(entry, document=merged, modified=wall_clock())
                 await self._keep(entry)
             return self._describe(entry)
+
+    def _merged(self, entry: _Entry, changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A mapping as it is and as it would be. ApiError."""
+        shown = {**entry.document, "Enabled": self._is_enabled(entry)}
+        _refuse(check_update(shown, changes))
+        return shown, merge_update(shown, changes)
 
     async def delete(self, uuid: str) -> dict[str, Any]:
         """DeleteEventSourceMapping: the mapping stops, then its positions are forgotten. ApiError."""
@@ -277,10 +284,13 @@ class ControlPlane:
             entry = self._find_live(uuid)
             if entry.declared_in:
                 raise _declared(entry)
-            # The document before the positions: with positions gone and the document not, a restart would deliver
-            # everything again. The mark first of all: the next start finishes what this one does not get to.
+            # The mark is the delete: the next start finishes what this one does not get to, the document first. With
+            # positions gone and the document not, it would deliver everything again.
             await self._store.put_document(_DELETED + uuid, {})
-            await self._store.delete_document(_MADE + uuid)
+            try:
+                await self._store.delete_document(_MADE + uuid)
+            except StoreUnavailable as error:
+                _log.warning("delete_unfinished", mapping=uuid, error=str(error), meaning="the next start finishes it")
             del self._entries[uuid]
             self._deleting[uuid] = entry
             self._supervisor.remove(uuid, forget=True)
@@ -353,12 +363,12 @@ class ControlPlane:
         to = self._target_of(order, source.kind)
         if to["shard"] and to["shard"] not in await self._store.load(entry.uuid):
             raise _invalid(f"mapping {entry.uuid} has no shard {to['shard']}; see `poller status`")
+        if to["shard"]:
+            await self._probe.position(source, to["shard"], to["value"])
         async with self._lock:
             self._find_live(entry.uuid)
-            key = seek_key(entry.uuid)
-            pending = (await self._store.documents(key)).get(key, {"orders": []})["orders"] if to["shard"] else []
-            await self._store.put_document(key, {"orders": [*pending, {**to, "by": by}]})
-            self._supervisor.begin_anew(entry.uuid)
+            await self._store.put_document(seek_key(entry.uuid, wall_clock()), {**to, "by": by})
+            self._supervisor.seek(entry.uuid)
         _log.warning("seek_ordered", mapping=entry.uuid, by=by, **to)
         return {"uuid": entry.uuid, "state": self._supervisor.state(entry.uuid) or "Deleting"}
 

@@ -12,6 +12,7 @@ from poller.core.model import (
     Listing,
     MappingId,
     MappingStatus,
+    Member,
     Notice,
     Position,
     Record,
@@ -137,9 +138,11 @@ class Destination(Protocol):
 
 
 class CheckpointStore(Protocol):
-    """Positions and leases of shards, and the mapping documents made through the API. Survives `kill -9`.
+    """Positions and leases of shards, the members that hold them, and the mapping documents made through the API.
+    Survives `kill -9`.
 
-    Every method may raise StoreUnavailable. What a method has returned from is durable.
+    Every method may raise StoreUnavailable. What a method has returned from is durable; what raised may have been done
+    or not, and may be done a little later still. A lease lives as long as its owner is seen to beat.
     """
 
     async def create(self, mapping: MappingId, rows: Sequence[Row]) -> None:
@@ -151,15 +154,40 @@ class CheckpointStore(Protocol):
         ...
 
     async def acquire(self, mapping: MappingId, row: Row, owner: str) -> Lease | None:
-        """Take the lease if the stored (owner, token) is still the row's; token + 1. None: somebody was faster."""
+        """Take the lease if the stored (owner, token) is still the row's; token + 1. None: somebody was faster.
+
+        A repeat, because the answer was lost, is answered with the lease that `owner` got then. Ends the row's wish.
+        """
         ...
 
     async def save(self, changes: Sequence[tuple[Lease, Checkpoint]]) -> Sequence[Lease]:
         """Write checkpoints in one commit; answers the leases whose token no longer matches (not written)."""
         ...
 
-    async def release(self, lease: Lease, checkpoint: Checkpoint | None) -> bool:
-        """Write the last checkpoint, if any, and give the lease up, in one step. False: the token no longer matched."""
+    async def release(self, lease: Lease, checkpoint: Checkpoint | None, to: str | None = None) -> bool:
+        """Write the last checkpoint, if any, and give the lease up, in one step. False: the token no longer matched.
+
+        `to`: the member that owns the shard from then on, with the next token. A repeat, because the answer was lost,
+        is answered True as long as nobody took it since. Ends the row's wish.
+        """
+        ...
+
+    async def request(self, mapping: MappingId, row: Row, member: str) -> bool:
+        """Ask the owner to hand the shard over: `wanted_by`, if the stored (owner, token) is still the row's; in place
+        of whoever asked before. False: it is not.
+        """
+        ...
+
+    async def beat(self, member: Member) -> None:
+        """Write that a member lives."""
+        ...
+
+    async def members(self) -> dict[str, Member]:
+        """All that have beaten and not left, dead ones too."""
+        ...
+
+    async def leave(self, member: str) -> None:
+        """Forget a member; absent is fine."""
         ...
 
     async def forget(self, mapping: MappingId, shards: Sequence[ShardId] | None = None) -> None:
@@ -259,6 +287,10 @@ class Probe(Protocol):
 
     async def source(self, source: SourceSpec) -> None:
         """ApiError: the source is not there, or may not be read."""
+        ...
+
+    async def position(self, source: SourceSpec, shard: ShardId, sequence: str) -> None:
+        """ApiError: the shard has no such record, or not any more."""
         ...
 
     async def function(self, function: LambdaFunction, region: str) -> None:

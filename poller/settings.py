@@ -116,6 +116,17 @@ class StoreSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class DynamoStoreSettings:
+    """`dynamodb://TABLE[?region=REGION&endpoint_url=URL&create=true]`; what is absent comes from `aws`."""
+
+    url: str
+    table: str
+    region: str | None = None
+    endpoint_url: str | None = None
+    create: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """`port` 0 takes a free one. `auth`: any of the tokens and keys opens the mapping API and the status page."""
 
@@ -165,13 +176,16 @@ class Settings:
     aws: AwsSettings = AwsSettings()
     functions: dict[str, FunctionSettings] = field(default_factory=dict)
     mappings: tuple[Declared, ...] = ()
-    store: StoreSettings = StoreSettings("sqlite:///var/lib/poller/poller.db", "/var/lib/poller/poller.db")
+    store: StoreSettings | DynamoStoreSettings = StoreSettings("sqlite:///var/lib/poller/poller.db", "/var/lib/poller/poller.db")
     server: ServerSettings = ServerSettings()
     log: LogSettings = LogSettings()
     retry: RetrySettings = RetrySettings()
     limits: LimitSettings = LimitSettings()
     checkpoint_interval: float = 0.1
+    lease_duration: float = 10.0
     shutdown_grace: float = 25.0
+    stamp: tuple[int, int, int] | None = field(default=None, compare=False)
+    """Of the file, before it was read: it may have changed since."""
     filled: frozenset[str] = field(default=frozenset(), repr=False)
     """What came through `${...}`: perhaps secrets."""
     warnings: tuple[str, ...] = ()

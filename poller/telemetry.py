@@ -167,7 +167,7 @@ _READS = {  # operation -> outcomes that show as 0 from the start; others appear
 }
 _STORE_OPERATIONS = (
     "create", "load", "acquire", "save", "release", "forget", "mappings", "restore", "put_document",
-    "delete_document", "documents", "document_keys", "prune_documents",
+    "delete_document", "documents", "document_keys", "prune_documents", "request", "beat", "members", "leave",
 )  # fmt: skip
 _INVOCATION_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)

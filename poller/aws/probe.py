@@ -6,7 +6,9 @@ mapping then waits for it, in sight of everybody.
 
 import asyncio
 
-from poller.aws.errors import ErrorTable, translated
+from botocore.exceptions import BotoCoreError, ClientError
+
+from poller.aws.errors import ErrorTable, aws_error, translated
 from poller.aws.queues import queue_url
 from poller.aws.session import AwsClients
 from poller.core.model import SourceKind, SourceSpec
@@ -62,6 +64,26 @@ class Probe:
                     with translated("DescribeStreamConsumer", _NOT_THERE):
                         await kinesis.describe_stream_consumer(ConsumerARN=source.arn)
 
+    async def position(self, source: SourceSpec, shard: str, sequence: str) -> None:
+        """ApiError: the shard has no such record, or not any more. Going there all the same would begin anywhere."""
+        request = {"ShardId": shard, "ShardIteratorType": "AT_SEQUENCE_NUMBER"}
+        refused = ("InvalidArgumentException", "ResourceNotFoundException", "TrimmedDataAccessException")
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                if source.kind is SourceKind.DYNAMODB:
+                    client = await self._clients.client("dynamodbstreams", source.region, attempts=1)
+                    await client.get_shard_iterator(StreamArn=source.arn, SequenceNumber=sequence, **request)
+                else:
+                    client = await self._clients.client("kinesis", source.region, attempts=1)
+                    stream = source.arn.partition("/consumer/")[0]
+                    await client.get_shard_iterator(StreamARN=stream, StartingSequenceNumber=sequence, **request)
+        except ClientError as error:
+            found = aws_error(error)
+            if found.code in {*refused, "ValidationException"}:
+                raise _refused(f"sequence {sequence} is not in shard {shard}: {found.message}") from None
+        except (PollerError, BotoCoreError, TimeoutError):
+            pass
+
     async def function(self, function: LambdaFunction, region: str) -> None:
         """ApiError: there is no such function."""
         try:
@@ -82,9 +104,9 @@ class Probe:
         return self._roles[key] or None
 
     async def _ask(self, function: LambdaFunction, region: str) -> str:
-        client = await self._clients.client("lambda", region, attempts=1)
-        with translated("GetFunction", _NOT_THERE):
-            async with asyncio.timeout(_TIMEOUT):
+        async with asyncio.timeout(_TIMEOUT):
+            client = await self._clients.client("lambda", region, attempts=1)
+            with translated("GetFunction", _NOT_THERE):
                 answer = await client.get_function(FunctionName=function.arn)
         return str(answer.get("Configuration", {}).get("Role", ""))
 

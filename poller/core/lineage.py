@@ -49,11 +49,35 @@ def plan(listing: Listing, rows: MappingABC[ShardId, Row], start: Position) -> P
         if is_done(row):
             continue
         # A parent that is not listed any more is waited for too while its row says that we are not done with it: its
-        # records may be in flight. Expired unread, its reader finds out that it is gone and ends it.
-        waits = any(parent in known and not is_done(known[parent]) for parent in row.parents)
-        (blocked if waits else ready).append(row.shard)
+        # records may be in flight. Expired unread, its reader finds out that it is gone and ends it. Done parents may
+        # have parents that are read again.
+        (blocked if _waits(row, known) else ready).append(row.shard)
     orphans = () if is_first_sight else tuple(row.shard for row in create if any(p not in known for p in row.parents))
     return Plan(create, tuple(ready), tuple(blocked), _forgettable(known, listed), orphans)
+
+
+def _waits(row: Row, known: MappingABC[ShardId, Row]) -> bool:
+    """Is any ancestor not done?"""
+    seen: set[ShardId] = set()
+    left = list(row.parents)
+    while left:
+        name = left.pop()
+        parent = known.get(name)
+        if parent is None or name in seen:
+            continue
+        if not is_done(parent):
+            return True
+        seen.add(name)
+        left += parent.parents
+    return False
+
+
+def with_descendants(shard: ShardId, known: MappingABC[ShardId, Row]) -> set[ShardId]:
+    """The shard, if it is known, and all that came from it."""
+    found = {shard} & known.keys()
+    while more := {row.shard for row in known.values() if row.shard not in found and found.intersection(row.parents)}:
+        found |= more
+    return found
 
 
 def is_done(row: Row) -> bool:

@@ -4,10 +4,11 @@ Durations are seconds, instants are epoch seconds, both float. Sequence numbers 
 (21 to 56 digits) and are compared as integers, never as text.
 """
 
+from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 ShardId: TypeAlias = str
 MappingId: TypeAlias = str
@@ -368,7 +369,8 @@ Outcome: TypeAlias = Delivered | Partial | Failed | Throttled
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One shard in the store: its lease and its checkpoint. `token` rises with every change of owner.
+    """One shard in the store: its lease and its checkpoint. `token` rises with every change of owner. `wanted_by`: a
+    member of the fleet that asks the owner to hand the shard over.
 
     `saved_at`: when the position was last written, by the store's clock: the shard was read until then at least; inf
     when the store does not say. It is no part of the row's identity.
@@ -380,6 +382,7 @@ class Row:
     owner: str | None = None
     token: int = 0
     saved_at: float = field(default=inf, compare=False)
+    wanted_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +393,15 @@ class Lease:
     shard: ShardId
     owner: str
     token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One daemon of a fleet. `beat` rises while it lives; `info`: what the others should know of it, as JSON."""
+
+    id: str
+    beat: int
+    info: MappingABC[str, Any] = field(default_factory=dict)
 
 
 class ShardState(StrEnum):

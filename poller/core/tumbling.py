@@ -40,8 +40,13 @@ class TumblingWindow:
 
     @property
     def end(self) -> float:
-        """When the open window ends; -inf while none is open."""
-        return -inf if self.start is None else self.start + self.length
+        """When the open window ends; -inf while none is open. One that was opened under another length ends with the
+        window of the new length that its start lies in: no two windows overlap.
+        """
+        return -inf if self.start is None else self._end_of(self.start)
+
+    def _end_of(self, start: float) -> float:
+        return (floor(start / self.length) + 1) * self.length
 
     @property
     def is_oversized(self) -> bool:
@@ -55,7 +60,7 @@ class TumblingWindow:
     def end_for(self, record: Record) -> float:
         """When the open window ends; while none is open, the one that the record would open."""
         start = self.start if self.start is not None else self._start_for(record)
-        return start + self.length
+        return self._end_of(start)
 
     def _start_for(self, record: Record) -> float:
         return floor(record.arrival / self.length) * self.length

@@ -53,6 +53,7 @@ class Checkpointer:
         self._interval = interval
         self._backoff = backoff
         self._moved: dict[int, Saved] = {}
+        self._dropped: set[int] = set()  # while a save is under way
         self._wake = asyncio.Event()
 
     def moved(self, shard: Saved) -> None:
@@ -63,6 +64,7 @@ class Checkpointer:
     def drop(self, shard: Saved) -> None:
         """The shard is being released: its last position is written by its runner, not here."""
         self._moved.pop(id(shard), None)
+        self._dropped.add(id(shard))  # a save that fails now must not bring it back
 
     async def run(self) -> None:
         """Save until cancelled. A store that is away is asked again; what moved meanwhile is saved then."""
@@ -71,6 +73,7 @@ class Checkpointer:
             await self._wake.wait()
             self._wake.clear()
             shards, self._moved = list(self._moved.values()), {}
+            self._dropped.clear()
             changes = [
                 (shard, checkpoint)
                 for shard in shards
@@ -85,7 +88,8 @@ class Checkpointer:
                 failures += 1
                 _log.error("checkpoint_failed", error=str(error), positions=len(changes), failures=failures)
                 for shard, _ in changes:
-                    self.moved(shard)
+                    if id(shard) not in self._dropped:
+                        self.moved(shard)
                 await sleep_until(self._clock, self._clock.now() + self._backoff.delay(failures))
                 continue
             failures = 0

@@ -10,6 +10,7 @@ from poller.core.retry import Backoff
 from poller.ports import CheckpointStore, Clock, Destination, MappingObserver, QueueSource, StreamSource, Target
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.gate import ByteBudget, Gate
+from poller.runtime.lease_keeper import LeaseKeeper
 
 # Sources, stores and mappings in trouble are asked again for ever, this slowly at most.
 TROUBLE_INITIAL, TROUBLE_MAXIMUM = 0.5, 30.0
@@ -17,8 +18,8 @@ TROUBLE_INITIAL, TROUBLE_MAXIMUM = 0.5, 30.0
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The services of one process. `owner` names it in leases; `backoff` is the retry curve of failing batches and
-    `trouble` that of failing reads, stores and mappings.
+    """The services of one process. `backoff` is the retry curve of failing batches, `trouble` that of failing reads,
+    stores and mappings.
     """
 
     clock: Clock
@@ -28,7 +29,7 @@ class Context:
     budget: ByteBudget
     backoff: Backoff
     trouble: Backoff
-    owner: str
+    leases: LeaseKeeper
 
 
 class LastResult:

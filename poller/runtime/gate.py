@@ -1,39 +1,132 @@
 """Capacity, taken before anything is read: slots and permits for invocations, and the bytes that may be held."""
 
 import asyncio
+from collections import deque
 from contextlib import suppress
+from math import inf
 from types import TracebackType
 
-from asyncio_throttle.throttler import Throttler
+
+class _Slots:
+    """A semaphore whose limit may change while slots are taken and waited for.
+
+    A slot is handed to the first in the line before it wakes up, so whoever comes in between cannot overtake it. Where
+    a slot is free nobody waits.
+    """
+
+    def __init__(self) -> None:
+        self.limit = inf
+        self._taken = 0  # more than the limit after it was lowered
+        self._line: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def is_awaited(self) -> bool:
+        return bool(self._line)
+
+    @property
+    def is_idle(self) -> bool:
+        return self._taken == 0
+
+    def resize(self, limit: float) -> None:
+        self.limit = limit
+        self._admit()
+
+    async def take(self) -> None:
+        if self._taken < self.limit:
+            self._taken += 1
+            return
+        place = asyncio.get_running_loop().create_future()
+        self._line.append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.cancelled():
+                with suppress(ValueError):  # the line has moved past it already
+                    self._line.remove(place)
+            else:
+                self.give_back()  # it was handed over in the same moment
+            raise
+
+    def give_back(self) -> None:
+        self._taken -= 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._line and self._taken < self.limit:
+            place = self._line.popleft()
+            if not place.done():  # else its owner was cancelled and has not run yet
+                self._taken += 1
+                place.set_result(None)
 
 
-class _Permits(Throttler):
-    """At most `rate_limit` permits in any `period`. asyncio-throttle knows no giving back, so this adds it."""
+class _Permits:
+    """At most so many permits in any period, by a rate that may change: what was used before counts on.
+
+    A rate is whole permits in a period: 50 a second is 50 in 1 s, 2.5 is 2 in 0.8 s, 0.1 is 1 in 10 s.
+    """
+
+    def __init__(self) -> None:
+        self._limit = 0  # 0: there is no rate
+        self._period = 0.0
+        self._used: deque[float] = deque()  # stamps, the oldest first: no more than can count
+        self._turn = asyncio.Lock()  # only the first in the line looks at the clock; the others cost nothing
+        self._changed = asyncio.Event()  # the first should look again
+        self._waiting = 0
+
+    @property
+    def is_awaited(self) -> bool:
+        return self._waiting > 0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Nothing that was used counts any more: this is like a new one."""
+        return not self._used or asyncio.get_running_loop().time() - self._used[-1] > self._period
+
+    def resize(self, rate: float | None) -> None:
+        if rate is None:
+            self._limit = 0
+        else:
+            self._limit = max(1, int(rate))
+            self._period = self._limit / rate
+        self._changed.set()
 
     async def take(self) -> float:
-        """Wait for a permit and use it up; answers its stamp."""
-        await self.acquire()  # type: ignore[no-untyped-call]  # the library has no annotations
-        return self._task_logs[-1]  # ours: acquire does not wait after it was put there
+        if not self._limit:
+            return -inf
+        self._waiting += 1
+        try:
+            async with self._turn:
+                return await self._take()
+        finally:
+            self._waiting -= 1
+
+    async def _take(self) -> float:
+        loop = asyncio.get_running_loop()
+        while self._limit and len(self._used) >= self._limit:
+            age = loop.time() - self._used[-self._limit]
+            if age > self._period:
+                break
+            self._changed.clear()
+            # A permit exactly a period after another would be too early.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._period * 1.001 - age):
+                    await self._changed.wait()
+        if not self._limit:
+            return -inf
+        self._used.append(loop.time())
+        while len(self._used) > self._limit:
+            self._used.popleft()
+        return self._used[-1]
 
     def give_back(self, stamp: float) -> None:
-        """As if the permit had never been used; nothing happens when its period is over."""
         with suppress(ValueError):
-            self._task_logs.remove(stamp)
-
-
-def _permits(rate: float) -> _Permits:
-    """A rate as whole permits in a period: 50 a second is 50 in 1 s, 2.5 is 2 in 0.8 s, 0.1 is 1 in 10 s.
-
-    Looked at a hundred times a period, once a second at least, so the rate is kept to within a hundredth.
-    """
-    limit = max(1, int(rate))
-    period = limit / rate
-    return _Permits(rate_limit=limit, period=period, retry_interval=min(1.0, period / 100))
+            self._used.remove(stamp)
+            self._changed.set()
 
 
 class Gate:
     """What a function may be asked to do: slots for invocations at once, and permits for invocations a second. Both are
-    first come first served.
+    first come first served, and both may change at any time.
 
     `limit`: slots, None for as many as are asked for. `rate`: invocations a second, from 0.001, None for no bound; then
     no window of `rate`'s period ever has more permits than it allows. `users`: mappings that share the gate.
@@ -44,46 +137,43 @@ class Gate:
 
     def __init__(self, limit: int | None, rate: float | None = None) -> None:
         self.users = 0
-        self._slots = asyncio.Semaphore(limit) if limit is not None else None
-        self._permits = _permits(rate) if rate is not None else None
-        self._turn = asyncio.Lock()  # only the first in the line looks at the clock; the others cost nothing
-        self._waiting = 0
+        self._slots = _Slots()
+        self._permits = _Permits()
+        self.resize(limit, rate)
+
+    def resize(self, limit: int | None, rate: float | None) -> None:
+        """Other bounds from now on, for those too who wait. Slots that are taken stay taken and permits that were used
+        stay used: under a smaller limit nobody gets a slot before fewer than that are taken.
+        """
+        self._slots.resize(inf if limit is None else limit)
+        self._permits.resize(rate)
 
     @property
     def is_scarce(self) -> bool:
         """Somebody waits for a slot or a permit, or another mapping may want a slot at any moment."""
-        return self._waiting > 0 or (self._slots is not None and self.users > 1)
+        is_awaited = self._slots.is_awaited or self._permits.is_awaited
+        return is_awaited or (self._slots.limit < inf and self.users > 1)
+
+    @property
+    def is_unused(self) -> bool:
+        """No mapping has it and it remembers nothing: a new one would do the same."""
+        return self.users == 0 and self._slots.is_idle and self._permits.is_fresh
 
     async def acquire(self) -> None:
         """Wait for a slot and take it."""
-        if self._slots is None:
-            return
-        self._waiting += 1
-        try:
-            await self._slots.acquire()
-        finally:
-            self._waiting -= 1
+        await self._slots.take()
 
     def release(self) -> None:
         """Give a slot back."""
-        if self._slots is not None:
-            self._slots.release()
+        self._slots.give_back()
 
     async def permit(self) -> float:
-        """Wait for a permit and use it up. Its stamp, for `refund`; at once and 0.0 without a rate."""
-        if self._permits is None:
-            return 0.0
-        self._waiting += 1
-        try:
-            async with self._turn:
-                return await self._permits.take()
-        finally:
-            self._waiting -= 1
+        """Wait for a permit and use it up. Its stamp, for `refund`; at once and -inf without a rate."""
+        return await self._permits.take()
 
     def refund(self, stamp: float) -> None:
-        """Give a permit back that was not used. Harmless when its period is over or there is no rate."""
-        if self._permits is not None:
-            self._permits.give_back(stamp)
+        """Give a permit back that was not used. Harmless when its period is over or there was no rate."""
+        self._permits.give_back(stamp)
 
     async def __aenter__(self) -> float:
         """A slot, then a permit: its stamp."""

@@ -9,7 +9,7 @@ from math import inf
 
 import structlog
 
-from poller.core.model import Failed, Mapping, Outcome, ShardStatus, Throttled
+from poller.core.model import Failed, Mapping, Outcome, QueuePolicy, ShardStatus, Throttled
 from poller.core.scaling import Scaling
 from poller.errors import PollerError, SourceThrottled
 from poller.ports import QueueSource
@@ -73,8 +73,9 @@ class QueueRunner:
         self._stopping.ask(grace)
 
     def retune(self, pipe: Pipe) -> bool:
-        """See `Runner.retune`. A circuit, and whether there is a window, are for the whole life of a runner."""
+        """See `Runner.retune`. That there is a circuit, or a window, is for the whole life of a runner."""
         was, mapping = self._mapping, pipe.mapping
+        is_repointed = pipe.target is not self._pipe.target
         if _shape(was) != _shape(mapping):
             return False
         now = self._clock.now()
@@ -87,7 +88,20 @@ class QueueRunner:
             self._plan_visibility(self._timeout)
             for _ in range(policy.floor):
                 self._want(is_hot=False)
+        if is_repointed:
+            for loop in self._loops:
+                loop.repointed()
+            if self._circuit and self._circuit.reset():
+                _log.info("circuit_closed", mapping=mapping.id, function=mapping.function.name)
         return True
+
+    def seek(self) -> None:
+        """It has no positions."""
+
+    @property
+    def may_overlap(self) -> bool:
+        """Not where the number of invocations at once is bounded."""
+        return self._mapping.queue.ceiling >= QueuePolicy().ceiling
 
     def shards(self) -> tuple[ShardStatus, ...]:
         """A queue has none."""

@@ -6,7 +6,7 @@ receive (long poll) -> [window: receive more] -> invoke -> delete what succeeded
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from math import inf
@@ -105,9 +105,12 @@ class Queue:
 
 
 class _Turn:
-    """The right to call the function once: one of its slots and, where it has a rate, a permit."""
+    """The right to call the function once: one of its slots and, where it has a rate, a permit.
 
-    __slots__ = ("_clock", "_gate", "_has_slot", "_queue", "_stamp", "_taken_at")
+    Another function has another gate: what is held of the old one goes back, and nobody stays in its line.
+    """
+
+    __slots__ = ("_clock", "_gate", "_has_slot", "_line", "_queue", "_stamp", "_taken_at")
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
@@ -116,26 +119,29 @@ class _Turn:
         self._has_slot = False
         self._stamp: float | None = None
         self._taken_at = -inf
+        self._line: asyncio.Timeout | None = None  # while waiting in the gate's line
 
     async def slot(self) -> None:
         """Take a slot, of the gate that counts now."""
-        while self._gate is not self._queue.pipe.gate:
-            self.end()
-            self._gate = self._queue.pipe.gate
-            await self._gate.acquire()
-            self._has_slot = True
-        if not self._has_slot:
-            await self._gate.acquire()
-            self._has_slot = True
+        self._follow()
+        while not self._has_slot:
+            await self._wait(self._acquire())
+            self._follow()
 
     async def whole(self) -> None:
         """Take slot and permit; one that is held already is kept, a permit only while it is fresh."""
-        await self.slot()
-        if self._stamp is not None and self._clock.now() - self._taken_at > _PERMIT_LIFE:
-            self._refund()
-        if self._stamp is None:
-            self._stamp = await self._gate.permit()
-            self._taken_at = self._clock.now()
+        while True:
+            await self.slot()
+            if self._stamp is not None and self._clock.now() - self._taken_at > _PERMIT_LIFE:
+                self._refund()
+            if self._stamp is not None:
+                return
+            await self._wait(self._permit())
+
+    def repointed(self) -> None:
+        """The queue has another pipe: leave a line that counts no more."""
+        if self._line is not None and not self._line.expired() and self._gate is not self._queue.pipe.gate:
+            self._line.reschedule(-inf)
 
     def used(self) -> None:
         """The function was called."""
@@ -152,6 +158,29 @@ class _Turn:
         if self._stamp is not None:
             self._gate.refund(self._stamp)
             self._stamp = None
+
+    def _follow(self) -> None:
+        if self._gate is not self._queue.pipe.gate:
+            self.end()
+            self._gate = self._queue.pipe.gate
+
+    async def _wait(self, step: Coroutine[None, None, None]) -> None:
+        """Do it, or give up when it is for the wrong function."""
+        try:
+            async with asyncio.timeout(None) as self._line:
+                await step
+        except TimeoutError:
+            pass
+        finally:
+            self._line = None
+
+    async def _acquire(self) -> None:
+        await self._gate.acquire()
+        self._has_slot = True
+
+    async def _permit(self) -> None:
+        self._stamp = await self._gate.permit()
+        self._taken_at = self._clock.now()
 
 
 class ReceiveLoop:
@@ -172,6 +201,7 @@ class ReceiveLoop:
         self._clock = queue.context.clock
         self._stopped = queue.stopping.asked
         self._turn = _Turn(queue)
+        self._repointed = asyncio.Event()  # since the last invocation began
         self._counted = 0  # bytes of `held` in the budget
         self._failures = 0
 
@@ -200,6 +230,11 @@ class ReceiveLoop:
             self._turn.end()
             self._queue.context.budget.give(self._counted)
             self._counted = 0
+
+    def repointed(self) -> None:
+        """The queue has another target: wait no more for the old one, whose late answers say nothing about the new."""
+        self._turn.repointed()
+        self._repointed.set()
 
     async def _round(self) -> None:
         """One batch, or one receive that brings nothing."""
@@ -378,8 +413,10 @@ class ReceiveLoop:
             if not records:
                 self._cut_off()
                 return None, ()
+            self._repointed.clear()
             outcome = await self._call(Batch(0, records, tries))
-            self._pool.settled(outcome)
+            if not self._repointed.is_set():
+                self._pool.settled(outcome)
             match outcome:
                 case Throttled(error=error, retry_after=retry_after):
                     delay = self._queue.context.backoff.delay(tries, retry_after)
@@ -397,7 +434,7 @@ class ReceiveLoop:
             if self._stopped.is_set():
                 return None, ()
             if self._queue.circuit is None or self._queue.circuit.state == "closed":
-                await self._sleep(delay)
+                await wait_until(self._repointed, self._clock, self._clock.now() + delay)
 
     async def _wait_for_turn(self) -> None:
         """Until the function may be called, by its slots, its rate and the circuit."""

@@ -19,6 +19,8 @@ class Runner(Protocol):
 
     is_reached: bool
     """The source has answered at least once."""
+    may_overlap: bool
+    """Another runner of the mapping may begin while this one ends."""
     is_settled: bool
     """No order to move positions is left to be carried out."""
 
@@ -59,6 +61,10 @@ class Runner(Protocol):
         """Go on over another pipe, whose mapping may differ in anything but its source: what is in flight ends over the
         old one, what begins uses the new one. False: that takes a new runner, and nothing was changed.
         """
+        ...
+
+    def seek(self) -> None:
+        """The store has orders to move positions."""
         ...
 
     def shards(self) -> tuple[ShardStatus, ...]:

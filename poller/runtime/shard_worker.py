@@ -214,6 +214,10 @@ class ShardWorker:
                     if gate is not self._pipe.gate:  # retuned meanwhile
                         gate.refund(permit)
                         continue
+                    if self._context.leases.is_fenced:  # suspended, perhaps: others may have the shard by now
+                        gate.refund(permit)
+                        self.lose_lease()
+                        return
                     work = self._flow.take(lane, self._clock.now())
                     if isinstance(work, Batch):
                         await self._invoke(work)

@@ -6,8 +6,10 @@ BLOCKED --parents done--> OPEN --lease--> (shard_worker) --ended--> DONE
 """
 
 import asyncio
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as MappingABC
 from math import inf
 
 import structlog
@@ -42,14 +44,17 @@ LISTING_INTERVAL = 30.0  # besides at the end of each shard
 _LEAST_RETENTION = 86_400.0  # of a stream, where it does not say
 _STALE_RESERVE = 3_600.0
 FRESH = 1.0  # how long after its row a LATEST iterator still means the same moment
-_RELEASE_TRIES = 5
+_SEEK_INTERVAL = 1.0  # between looks whether an order can be carried out
 
 
-def seek_key(mapping: MappingId) -> str:
-    """The store's document that says where a mapping is to go on, until that has been carried out: `orders`, each
-    `{kind, value, shard, by}`; `shard` empty for all of them, `by` for the audit line.
+SEEK = "seek/"
+
+
+def seek_key(mapping: MappingId, at: float | None = None) -> str:
+    """The store's document of an order to move a mapping, until it has been carried out: `{kind, value, shard, by}`;
+    `shard` empty for all of them, `by` for the audit line. Without `at` how all of a mapping begin.
     """
-    return f"seek/{mapping}"
+    return f"{SEEK}{mapping}/" + ("" if at is None else f"{round(at * 1e6):017d}")
 
 
 def stream_key(mapping: MappingId) -> str:
@@ -77,6 +82,7 @@ class StreamRunner:
     """Implements `Runner` for Kinesis and DynamoDB Streams."""
 
     breaker = "closed"
+    may_overlap = True  # a shard is at work with one of them
     receivers: int | None = None
     receiver_limit: int | None = None
 
@@ -97,7 +103,11 @@ class StreamRunner:
         self._tasks: dict[ShardId, asyncio.Task[None]] = {}
         self._workers: dict[ShardId, ShardWorker] = {}
         self._idle: dict[ShardId, ShardState] = {}  # shards as of the last listing; a worker knows better
-        self._fresh: dict[ShardId, float] = {}  # LATEST rows that this runner created, and when
+        self._fresh: dict[ShardId, tuple[Position, float]] = {}  # LATEST rows that this runner created, and when
+        self._leases = context.leases
+        self._listing: Listing | None = None
+        self._waiting: set[ShardId] | None = None  # shards that are still to be moved; None: all
+        self._give: dict[ShardId, str] = {}  # shards that are being handed over, and to whom
         self._gone: set[ShardId] = set()  # shards that the source denied to know
         self._failures: dict[ShardId, int] = {}
         self._using: Counter[StreamSource] = Counter()  # shards at work with each source
@@ -145,12 +155,22 @@ class StreamRunner:
 
     async def run(self) -> None:
         """Work until `stop`."""
+        self._leases.on_fence(self._lose_all)
+        self._leases.on_end(self._mapping.id, self._list_now.set)
         try:
             await self._run()
         finally:
+            for shard in self._tasks:  # cut off
+                self._leases.end(self._mapping.id, shard)
+            self._leases.off_fence(self._lose_all)
+            self._leases.off_end(self._mapping.id, self._list_now.set)
             for source in (*self._retired, self._source):
                 if source is not None:
                     await source.close()
+
+    def _lose_all(self) -> None:
+        for worker in self._workers.values():
+            worker.lose_lease()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -167,20 +187,33 @@ class StreamRunner:
     # --- discovery
 
     async def _tend(self, tasks: asyncio.TaskGroup) -> None:
-        """List shards and start workers: at once when a shard has ended, and every LISTING_INTERVAL."""
-        failures = 0
+        """List shards, at once when one has ended and every LISTING_INTERVAL; take what is ours to read. In a fleet
+        look at the rows in between: others take, release and ask for shards.
+        """
+        failures, list_at = 0, -inf
         while True:
+            is_listing = self._list_now.is_set() or self._source is None or self._clock.now() >= list_at
             self._list_now.clear()
             for source in [source for source in self._retired if not self._using[source]]:
                 self._retired.remove(source)
                 del self._using[source]
                 await source.close()
             try:
-                if self._source is None:
-                    self._source = await self._pipe.open_stream()
-                await self._discover(self._source, tasks)
+                source = await self._opened()
+                problem = None
+                if is_listing:
+                    try:
+                        await self._discover(source)
+                        list_at = self._clock.now() + LISTING_INTERVAL
+                    except PollerError as error:  # what is known goes on although it cannot be listed now
+                        problem = error
+                if source is self._source:
+                    await self._share(source, tasks)
+                if problem is not None:
+                    raise problem
             except PollerError as error:
                 failures += 1
+                list_at = -inf
                 self._set_problem(str(error))
                 if isinstance(error, SourceGone):
                     self._identity = None  # when it comes back it may be another stream
@@ -190,16 +223,34 @@ class StreamRunner:
                 continue
             failures = 0
             self._set_problem("")
-            await wait_until(self._list_now, self._clock, self._clock.now() + LISTING_INTERVAL)
+            now = self._clock.now()
+            look_at = now + self._leases.look_interval
+            if not self.is_settled:
+                list_at, look_at = -inf, min(look_at, now + _SEEK_INTERVAL)
+            await wait_until(self._list_now, self._clock, min(max(list_at, now + _SEEK_INTERVAL), look_at))
 
-    async def _discover(self, source: StreamSource, tasks: asyncio.TaskGroup) -> None:
+    async def _opened(self) -> StreamSource:
+        """The source of the mapping as it is now; it may change while one is opened."""
+        while self._source is None:
+            pipe = self._pipe
+            source = await pipe.open_stream()
+            if pipe is self._pipe:
+                self._source = source
+            else:
+                await source.close()
+        return self._source
+
+    async def _discover(self, source: StreamSource) -> None:
+        """Make rows for what is listed and has none, delete those that nobody needs any more."""
         listing = await source.shards()
-        if self._identity is None:
-            await self._identify(source)
+        unsaved = await self._identify(source) if self._identity is None else None
         self.is_reached = True
         store, mapping = self._context.store, self._mapping.id
-        while not self.is_settled:
-            self.is_settled = await self._seek(listing)
+        if not self.is_settled:
+            self._waiting = await self._seek(listing)
+            self.is_settled = self._waiting == set()
+            if self._waiting is None:
+                return
         plan = lineage.plan(listing, await store.load(mapping), self._start)
         if plan.create:
             await store.create(mapping, plan.create)
@@ -207,57 +258,118 @@ class StreamRunner:
                 self._report_loss(shard, "a parent of the shard came and expired without having been seen")
             now = self._clock.now()
             self._fresh.update(
-                (row.shard, now) for row in plan.create if row.checkpoint.position.kind is PositionKind.LATEST
+                (row.shard, (row.checkpoint.position, now))
+                for row in plan.create
+                if row.checkpoint.position.kind is PositionKind.LATEST
             )
         if plan.delete:
             await store.forget(mapping, plan.delete)
-        rows = await store.load(mapping)  # again: a shard may have ended since, and must not be started from its end
-        ready = [shard for shard in plan.ready if not lineage.is_done(rows[shard])]
+        if unsaved is not None:
+            await store.put_document(stream_key(mapping), unsaved)
+        self._listing = listing
+
+    async def _share(self, source: StreamSource, tasks: asyncio.TaskGroup) -> None:
+        """Start workers for the shards that are this member's to read; hand over, and ask for, others.
+
+        Rows are loaded again after planning: a shard may have ended since, and must not be started from its end. Shards
+        that are listed and have no row wait for `_discover`: an old listing may name what has expired.
+        """
+        store, mapping, listing = self._context.store, self._mapping.id, self._listing
+        if not self._leases.is_alone and self.is_settled and await store.document_keys(seek_key(mapping)):
+            self.seek()
+        if listing is None or self._waiting is None:
+            return
+        rows = await store.load(mapping)
+        plan = lineage.plan(listing, rows, self._start)
+        ready = [rows[shard] for shard in plan.ready if shard in rows and shard not in self._waiting]
         self._idle = {shard: ShardState.DONE for shard, row in rows.items() if lineage.is_done(row)}
         self._idle.update(dict.fromkeys(plan.blocked, ShardState.BLOCKED))
-        self._idle.update(dict.fromkeys(ready, ShardState.OPEN))
+        self._idle.update({row.shard: ShardState.OPEN for row in ready})
+        moves = self._leases.plan(mapping, ready)
+        for shard, member in moves.give:
+            if shard in self._workers and shard not in self._give:
+                self._give[shard] = member
+                self._workers[shard].stop()
+        for shard in moves.ask:
+            await store.request(mapping, rows[shard], self._leases.me)
         listed = {shard.id for shard in listing.shards}
-        for shard in ready:
+        for shard in moves.take:
             if shard not in self._tasks:
                 has_expired = shard in self._gone and shard not in listed
+                self._leases.begin(mapping, shard)
                 self._tasks[shard] = tasks.create_task(self._run_shard(source, rows[shard], has_expired=has_expired))
 
-    async def _seek(self, listing: Listing) -> bool:
-        """Carry out the first thing that an operator asked for. True: nothing is left.
-
-        Done again from its start after a crash: the order stands in the store until the new positions do.
+    def seek(self) -> None:
+        """The store has orders to move positions: carry them out. What is in flight of the shards that are to be moved
+        ends first; the others go on.
         """
-        store, mapping, key = self._context.store, self._mapping.id, seek_key(self._mapping.id)
-        document = (await store.documents(key)).get(key)
-        if document is None:
-            return True
-        order, *rest = document["orders"]
-        to, shard = Position(PositionKind(order["kind"]), order["value"]), order["shard"]
-        rows = await store.load(mapping)
-        if not shard:
-            await store.forget(mapping)
-            await store.create(mapping, lineage.plan(listing, {}, to).create)
-        elif shard in rows:
-            lease = await store.acquire(mapping, rows[shard], self._context.owner)
-            if lease is None:
-                raise StoreUnavailable(f"the lease of shard {shard} changed hands; the seek waits")
-            await store.release(lease, Checkpoint(to))
-        else:
+        self.is_settled = False
+        self._list_now.set()
+
+    async def _seek(self, listing: Listing) -> set[ShardId] | None:
+        """Carry out what an operator asked for, in its order. Answers the shards that are still to be moved, because
+        something of theirs is in flight; None: all of them.
+
+        An order that was begun is carried out again after a crash: it stands in the store until all positions do.
+        """
+        store, mapping = self._context.store, self._mapping.id
+        waiting: set[ShardId] = set()
+        for key in await store.document_keys(seek_key(mapping)):
+            order = (await store.documents(key)).get(key)
+            if order is None:
+                continue
+            shard = order["shard"]
+            known = await store.load(mapping)
+            # Its descendants must not go on beside records that are older than theirs.
+            affected = lineage.with_descendants(shard, known) if shard else known.keys()
+            if self._stop_moved([known[name] for name in affected]) or waiting & affected or (waiting and not shard):
+                if not shard:
+                    return None
+                waiting |= affected
+                continue
+            rows = {name: row for name, row in known.items() if shard in {"", name}}
+            if not shard and not listing.shards:
+                return None  # it would become StartingPosition
+            await self._move(order, rows, listing)
+            await store.delete_document(key)
+        return waiting
+
+    def _stop_moved(self, rows: Sequence[Row]) -> bool:
+        """Is any of these shards still at work, here or at another member, or is it another's task to move them?"""
+        mine = self._leases.at_work(self._mapping.id) & {row.shard for row in rows}
+        for shard in mine & self._workers.keys():
+            self._workers[shard].stop()
+        others = any(self._leases.is_live(row.owner) for row in rows)
+        return bool(mine) or others or not self._leases.is_first or self._leases.is_fenced
+
+    async def _move(self, order: MappingABC[str, str], rows: MappingABC[ShardId, Row], listing: Listing) -> None:
+        """Put the new positions into the store. Rows stay, so that their tokens rise: a save that is late must fail."""
+        store, mapping, shard = self._context.store, self._mapping.id, order["shard"]
+        to = Position(PositionKind(order["kind"]), order["value"])
+        wanted = {row.shard: row for row in lineage.plan(listing, {}, to).create} if not shard else {}
+        if shard and not rows:
             reason = "the mapping has no such shard any more"
             self._log(_log.error, "seek_dropped", shard=shard, by=order["by"], reason=reason)
-        for row in rows.values():
-            if shard in {"", row.shard}:
-                was, now = spelled(row.checkpoint.position), spelled(to)
-                self._log(_log.warning, "position_moved", shard=row.shard, by=order["by"], was=was, now=now)
-        if rest:
-            await store.put_document(key, {"orders": rest})
-        else:
-            await store.delete_document(key)
-        return not rest
+        await store.create(mapping, [row for name, row in wanted.items() if name not in rows])
+        await store.forget(mapping, [name for name in rows if name not in wanted and not shard])
+        for name, row in rows.items():
+            target = to if shard else wanted[name].checkpoint.position if name in wanted else None
+            was = spelled(row.checkpoint.position)
+            now = spelled(target) if target else "forgotten: it has left the stream"
+            self._log(_log.warning, "position_moved", shard=name, by=order["by"], was=was, now=now)
+            if target is None:
+                continue
+            lease = await store.acquire(mapping, row, self._leases.me)
+            if lease is None:
+                raise StoreUnavailable(f"the lease of shard {name} changed hands; the seek begins anew")
+            await store.release(lease, Checkpoint(target))
 
-    async def _identify(self, source: StreamSource) -> None:
+    async def _identify(self, source: StreamSource) -> dict[str, str] | None:
         """Is it still the stream that the stored positions belong to? Positions of a stream that was deleted and made
         anew would hide its records: shards with the same names that are "done", or floors above every new record.
+
+        Answers what is to be stored once the rows are there: stored before, a crash in between would leave a new stream
+        that is read from StartingPosition.
         """
         try:
             facts = await source.facts()
@@ -275,9 +387,8 @@ class StreamRunner:
             await store.forget(self._mapping.id)
             if known["arn"] == identity["arn"]:
                 self._start = TRIM_HORIZON  # whatever is in it came after what we knew
-        if known != identity:
-            await store.put_document(key, identity)
         self._identity = identity
+        return identity if known != identity else None
 
     def _set_problem(self, problem: str) -> None:
         if problem and problem != self._problem:
@@ -311,13 +422,13 @@ class StreamRunner:
             delay = self._context.trouble.delay(failures)
             await wait_until(self._stopping.asked, self._clock, self._clock.now() + delay)
         del self._tasks[shard]
-        self._list_now.set()
+        self._leases.end(self._mapping.id, shard)
 
     async def _work(self, source: StreamSource, row: Row, *, has_expired: bool) -> bool:
         """False: wait before the next life. A stop lets an acquire end: cut off, it would leave a lease behind."""
         if self._stopping.asked.is_set():
             return True
-        lease = await self._context.store.acquire(self._mapping.id, row, self._context.owner)
+        lease = await self._context.store.acquire(self._mapping.id, row, self._leases.me)
         if lease is None:
             return False
         if self._stopping.asked.is_set() or source is not self._source:
@@ -326,15 +437,29 @@ class StreamRunner:
         if has_expired:
             await self._bury(lease)
             return True
-        is_fresh = self._clock.now() - self._fresh.pop(row.shard, -inf) <= FRESH
+        # Another member may have been faster: then its moment counts, and ours came later.
+        pinned, pinned_at = self._fresh.pop(row.shard, (None, -inf))
+        is_fresh = row.checkpoint.position == pinned and self._clock.now() - pinned_at <= FRESH
         retention = self.retention or _LEAST_RETENTION
         is_stale = self._clock.now() - row.saved_at > retention - _STALE_RESERVE
+        if row.checkpoint.window and not self._mapping.batch.tumbling:
+            meaning = (
+                "TumblingWindowInSeconds was switched off; what the function counted in the open window is dropped"
+            )
+            self._log(
+                _log.warning,
+                "window_dropped",
+                shard=row.shard,
+                window=row.checkpoint.window.partition("\n")[0],
+                meaning=meaning,
+            )
         worker = ShardWorker(self._context, self._pipe, source, row, lease, is_fresh=is_fresh, is_stale=is_stale)
         self._workers[row.shard] = worker
         await worker.run()
         if worker.is_lost:
             self._context.checkpointer.drop(worker)
             del self._workers[row.shard]
+            self._give.pop(row.shard, None)
             self._log(_log.error, "lease_lost", shard=row.shard)
             return False
         if worker.is_gone:
@@ -358,17 +483,22 @@ class StreamRunner:
     async def _release(self, worker: ShardWorker, checkpoint: Checkpoint | None) -> None:
         """Write the last position and give the lease up; a store that is away is asked again, within the grace."""
         shard = worker.lease.shard
+        member = self._give.pop(shard, None)
+        has_ended = checkpoint is not None and checkpoint.position == END
         self._context.checkpointer.drop(worker)
-        for tries in range(1, _RELEASE_TRIES + 1):
+        for tries in itertools.count(1):
             try:
-                await self._context.store.release(worker.lease, checkpoint)
+                await self._context.store.release(worker.lease, checkpoint, None if has_ended else member)
                 break
             except StoreUnavailable as error:
                 self._log(_log.error, "release_failed", shard=shard, error=str(error), tries=tries)
                 again_at = self._clock.now() + self._context.trouble.delay(tries)
                 if again_at >= self._stopping.deadline:
                     break
-                await sleep_until(self._clock, again_at)
-        if checkpoint is not None and checkpoint.position == END:
+                if self._stopping.asked.is_set():
+                    await sleep_until(self._clock, again_at)
+                else:
+                    await wait_until(self._stopping.asked, self._clock, again_at)
+        if has_ended:
             self._idle[shard] = ShardState.DONE
         del self._workers[shard]

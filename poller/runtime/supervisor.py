@@ -7,14 +7,14 @@ desired ----> Enabled:  a runner works --+--- changed, and the runner can take i
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
 import structlog
 
-from poller.core.model import Mapping, MappingId, MappingStatus
+from poller.core.model import Mapping, MappingId, MappingStatus, ShardStatus
 from poller.errors import PollerError, StoreUnavailable
 from poller.runtime.context import TROUBLE_MAXIMUM, Context, LastResult, Pipe
 from poller.runtime.queue_runner import QueueRunner
@@ -51,6 +51,15 @@ class Plumbing(Protocol):
         ...
 
 
+def _shards(runner: Runner | None, lives: Iterable[Runner]) -> tuple[ShardStatus, ...]:
+    """Every shard once: as the runner that works has it, or one that ends and has something in flight there."""
+    found = {status.id: status for status in runner.shards()} if runner else {}
+    for other in lives:
+        if other is not runner:
+            found |= {status.id: status for status in other.shards() if status.in_flight or status.id not in found}
+    return tuple(found.values())
+
+
 def _leaf(error: BaseException) -> str:
     """What went wrong at the bottom of a task group, for people."""
     while isinstance(error, BaseExceptionGroup):
@@ -59,8 +68,7 @@ def _leaf(error: BaseException) -> str:
 
 
 class _Kept:
-    """One mapping under a keeper. `wanted` None: stop for good; `forget`: and delete its positions. `begin_anew`: the
-    runner is to be replaced although nothing has changed.
+    """One mapping under a keeper. `wanted` None: stop for good; `forget`: and delete its positions.
 
     `mapping` is the last one wanted, for status; `problem` what keeps a runner from being made.
     """
@@ -69,15 +77,22 @@ class _Kept:
         self.wanted: Wanted | None = wanted
         self.mapping = wanted.mapping
         self.forget = False
-        self.begin_anew = False
         self.is_sought = False  # its positions are to be moved, and are not yet
         self.state = "Creating"
         self.problem = ""
         self.is_reached = False  # by any runner of this mapping since the start
         self.result = LastResult()
-        self.runner: Runner | None = None
+        self.runner: Runner | None = None  # the one that works
+        self.lives: dict[Runner, asyncio.Task[Exception | None]] = {}  # that one, and those that end
         self.changed = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True)
+class _Life:
+    """What a runner is connected to now."""
+
+    pipe: Pipe
 
 
 class Supervisor:
@@ -130,15 +145,14 @@ class Supervisor:
             kept.state = "Enabling" if wanted.mapping.enabled else "Disabling"
         kept.changed.set()
 
-    def begin_anew(self, mapping: MappingId) -> None:
-        """The store has an order to move its positions: let what is in flight end, then carry it out."""
+    def seek(self, mapping: MappingId) -> None:
+        """The store has an order to move its positions: to be carried out now, or when it runs."""
         kept = self._kept.get(mapping)
         if kept is None:
             return
         kept.is_sought = True
         if kept.runner is not None:
-            kept.begin_anew, kept.state = True, "Updating"
-            kept.changed.set()
+            kept.runner.seek()
 
     def remove(self, mapping: MappingId, *, forget: bool) -> None:
         """Stop a mapping for good; it is gone when its `state` is None. `forget` deletes its positions too."""
@@ -150,80 +164,121 @@ class Supervisor:
 
     def _interrupt(self, kept: _Kept, grace: float) -> None:
         kept.changed.set()
-        if kept.runner is not None:
-            kept.runner.stop(grace)
+        for runner in kept.lives:
+            runner.stop(grace)
 
     async def _keep(self, kept: _Kept) -> None:
         """Make what runs follow what is wanted, until it is wanted no more."""
         failures = 0
         clock = self._context.clock
-        while (wanted := kept.wanted) is not None:
-            kept.changed.clear()
-            if not wanted.mapping.enabled:
-                kept.state = "Disabled"
+        while True:
+            while (wanted := kept.wanted) is not None:
+                kept.changed.clear()
+                if not wanted.mapping.enabled:
+                    kept.state = "Disabling" if kept.lives else "Disabled"
+                    await kept.changed.wait()
+                    continue
+                started = clock.now()
+                try:
+                    await self._run(kept, wanted)
+                except Exception as error:  # noqa: BLE001  # one bad mapping never stops another
+                    failures = failures + 1 if clock.now() - started < TROUBLE_MAXIMUM else 1
+                    kept.problem = _leaf(error)
+                    self._log_crash(kept, error)
+                    if kept.wanted is wanted:
+                        kept.changed.clear()  # the end of the runner set it
+                    await wait_until(kept.changed, clock, clock.now() + self._context.trouble.delay(failures))
+            if kept.lives:
                 await kept.changed.wait()
+                kept.changed.clear()
                 continue
-            started = clock.now()
-            try:
-                await self._run(kept, wanted)
-            except Exception as error:  # noqa: BLE001  # one bad mapping never stops another
-                failures = failures + 1 if clock.now() - started < TROUBLE_MAXIMUM else 1
-                kept.problem = _leaf(error)
-                self._log_crash(kept, error)
-                await wait_until(kept.changed, clock, clock.now() + self._context.trouble.delay(failures))
+            if self._grace is None:
+                await self._finish(kept)
+            if kept.wanted is None:
+                break
         if self._grace is None:
-            await self._finish(kept)
+            del self._kept[kept.mapping.id]
+            self._plumbing.forgotten(kept.mapping.id)
 
     async def _run(self, kept: _Kept, wanted: Wanted) -> None:
-        """One life of a runner. Its pipe changes under it as long as it can take that."""
-        pipe = await self._plumbing.connect(wanted, kept.result)
-        kept.problem, kept.begin_anew = "", False
+        """One runner, until another one is to follow it. Its pipe changes under it as long as it can take that.
+
+        It ends by itself when it was told to: its successor need not wait for what it has in flight.
+        """
+        if not all(runner.may_overlap for runner in kept.lives):
+            await kept.changed.wait()
+            return
+        assert self._tasks is not None
+        life = _Life(await self._connected(wanted, kept))
+        if kept.wanted is not wanted:
+            await self._plumbing.disconnect(life.pipe)
+            return
+        is_stream = wanted.mapping.source.kind.is_stream
+        make: type[StreamRunner | QueueRunner] = StreamRunner if is_stream else QueueRunner
+        runner = make(self._context, life.pipe)
+        task = self._tasks.create_task(self._live(kept, runner, life))
+        kept.runner, kept.lives[runner] = runner, task
+        kept.problem, kept.state = "", "Enabled"
         failures, delay = 0, inf
+        while await self._changes(kept, task, delay):
+            kept.changed.clear()
+            changed, delay = kept.wanted, inf
+            if changed is None or not changed.mapping.enabled:
+                break
+            if changed != wanted:
+                try:
+                    other = await self._connected(changed, kept)
+                except PollerError as error:  # the old one goes on meanwhile
+                    failures += 1
+                    delay = self._context.trouble.delay(failures)
+                    kept.problem = str(error)
+                    self._log_crash(kept, error)
+                    continue
+                if task.done() or not runner.retune(other):
+                    await self._plumbing.disconnect(other)
+                    break
+                self._tasks.create_task(self._retire(life.pipe))
+                life.pipe, wanted = other, changed
+            failures, kept.problem = 0, ""
+            if kept.wanted is wanted:
+                kept.state = "Enabled"
+        runner.stop()
+        self._note_seek(kept, runner)
+        kept.runner = None
+        if task.done() and (problem := task.result()) is not None:
+            raise problem
+
+    async def _connected(self, wanted: Wanted, kept: _Kept) -> Pipe:
+        return await self._plumbing.connect(wanted, kept.result)
+
+    async def _live(self, kept: _Kept, runner: Runner, life: _Life) -> Exception | None:
+        """A runner from its start to the end of what it has in flight; answers what it died of."""
+        problem = None
         try:
-            if kept.wanted is not wanted:
-                return
-            make = StreamRunner if wanted.mapping.source.kind.is_stream else QueueRunner
-            runner: Runner = make(self._context, pipe)
-            kept.runner, kept.state = runner, "Enabled"
-            async with asyncio.TaskGroup() as tasks:
-                work = tasks.create_task(runner.run())
-                while await self._changes(kept, work, delay):
-                    kept.changed.clear()
-                    changed, delay = kept.wanted, inf
-                    if changed is None or not changed.mapping.enabled or kept.begin_anew:
-                        runner.stop()
-                        continue
-                    if changed != wanted:
-                        try:
-                            other = await self._plumbing.connect(changed, kept.result)
-                        except PollerError as error:  # the old one goes on meanwhile
-                            failures += 1
-                            delay = self._context.trouble.delay(failures)
-                            kept.problem = str(error)
-                            self._log_crash(kept, error)
-                            continue
-                        if not runner.retune(other):
-                            await self._plumbing.disconnect(other)
-                            runner.stop()
-                            continue
-                        tasks.create_task(self._retire(pipe))
-                        pipe, wanted = other, changed
-                    failures, kept.problem, kept.state = 0, "", "Enabled"
+            await runner.run()
+        except Exception as error:  # noqa: BLE001  # one bad mapping never stops another
+            problem = error
         finally:
-            if kept.runner is not None:
-                kept.is_reached = kept.is_reached or kept.runner.is_reached
-                kept.runner = None
-            await self._plumbing.disconnect(pipe)
+            kept.is_reached = kept.is_reached or runner.is_reached
+            del kept.lives[runner]
+            kept.changed.set()
+            await self._plumbing.disconnect(life.pipe)
+        return problem
 
     @staticmethod
-    async def _changes(kept: _Kept, work: asyncio.Task[None], delay: float) -> bool:
+    def _note_seek(kept: _Kept, runner: Runner) -> None:
+        if runner is kept.runner and runner.is_settled:
+            kept.is_sought = False
+
+    @staticmethod
+    async def _changes(kept: _Kept, task: asyncio.Task[Exception | None], delay: float) -> bool:
         """Wait until something else is wanted, or for so many seconds. False: the runner has ended."""
         async with asyncio.TaskGroup() as tasks:
             changed = tasks.create_task(kept.changed.wait())
             timeout = None if delay == inf else delay
-            await asyncio.wait({work, changed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, changed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
-        return not work.done()
+        return not task.done()
 
     async def _retire(self, pipe: Pipe) -> None:
         """Give a pipe up when the last invocation over it has ended, or is cut off."""
@@ -248,14 +303,13 @@ class Supervisor:
             try:
                 await store.forget(kept.mapping.id)
                 await store.delete_document(stream_key(kept.mapping.id))
-                await store.delete_document(seek_key(kept.mapping.id))
+                for order in await store.document_keys(seek_key(kept.mapping.id)):
+                    await store.delete_document(order)
                 break
             except StoreUnavailable as error:
                 failures += 1
                 _log.error("forget_failed", mapping=kept.mapping.id, error=str(error))
                 await wait_until(self._stop, clock, clock.now() + self._context.trouble.delay(failures))
-        del self._kept[kept.mapping.id]
-        self._plumbing.forgotten(kept.mapping.id)
 
     # --- what is seen
 
@@ -275,8 +329,8 @@ class Supervisor:
 
     def _status_of(self, kept: _Kept) -> MappingStatus:
         runner, mapping = kept.runner, kept.mapping
-        if runner is not None and runner.is_settled and not kept.begin_anew:
-            kept.is_sought = False
+        if runner is not None:
+            self._note_seek(kept, runner)
         return MappingStatus(
             id=mapping.id,
             function=mapping.function.name,
@@ -284,7 +338,7 @@ class Supervisor:
             source_arn=mapping.source.arn,
             state=kept.state,
             reason=kept.problem or (runner.problem if runner else ""),
-            in_flight=runner.in_flight() if runner else 0,
+            in_flight=sum(each.in_flight() for each in kept.lives),
             breaker=runner.breaker if runner else "closed",
             retention=runner.retention if runner else None,
             receivers=runner.receivers if runner else None,
@@ -292,7 +346,7 @@ class Supervisor:
             seek_pending=kept.is_sought,
             last_result=kept.result.text,
             declared_in=mapping.declared_in,
-            shards=runner.shards() if runner else (),
+            shards=_shards(runner, kept.lives),
         )
 
     def dead(self) -> Sequence[MappingId]:

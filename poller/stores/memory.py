@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from poller.core.model import Checkpoint, Lease, MappingId, Row, ShardId
+from poller.core.model import Checkpoint, Lease, MappingId, Member, Row, ShardId
 
 
 class MemoryStore:
@@ -17,6 +17,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._rows: dict[tuple[MappingId, ShardId], Row] = {}
         self._documents: dict[str, str] = {}  # JSON text: what was put cannot change through a shared object
+        self._members: dict[str, tuple[int, str]] = {}  # beat and JSON
 
     async def create(self, mapping: MappingId, rows: Sequence[Row]) -> None:
         """Put each row that is absent; rows that exist stay as they are. All or none."""
@@ -28,12 +29,11 @@ class MemoryStore:
 
     async def acquire(self, mapping: MappingId, row: Row, owner: str) -> Lease | None:
         """Take the lease if the stored (owner, token) is still the row's; token + 1. None: somebody was faster."""
-        key = (mapping, row.shard)
-        stored = self._rows.get(key)
-        if stored is None or (stored.owner, stored.token) != (row.owner, row.token):
-            return None
-        self._rows[key] = replace(stored, owner=owner, token=stored.token + 1)
-        return Lease(mapping, row.shard, owner, stored.token + 1)
+        lease = Lease(mapping, row.shard, owner, row.token + 1)
+        if (stored := self._seen(mapping, row)) is not None:
+            self._rows[mapping, row.shard] = replace(stored, owner=owner, token=lease.token, wanted_by=None)
+            return lease
+        return lease if self._held(lease) is not None else None  # it is when this is a repeat
 
     async def save(self, changes: Sequence[tuple[Lease, Checkpoint]]) -> Sequence[Lease]:
         """Write checkpoints, all at once; answers the leases that are no longer held (not written)."""
@@ -48,13 +48,36 @@ class MemoryStore:
         self._rows.update(saved)
         return stale
 
-    async def release(self, lease: Lease, checkpoint: Checkpoint | None) -> bool:
-        """Write the last checkpoint, if any, and give the lease up. False: it was no longer held."""
+    async def release(self, lease: Lease, checkpoint: Checkpoint | None, to: str | None = None) -> bool:
+        """Write the last checkpoint, if any, and give the lease up, or hand it over. False: it was no longer held."""
+        key = (lease.mapping, lease.shard)
+        token = lease.token + (to is not None)
         row = self._held(lease)
-        if row is None:
+        if row is not None:
+            now = checkpoint or row.checkpoint
+            self._rows[key] = replace(row, owner=to, token=token, checkpoint=now, wanted_by=None)
+            return True
+        row = self._rows.get(key)  # done already when this is a repeat
+        return row is not None and (row.owner, row.token) == (to, token) and checkpoint in {None, row.checkpoint}
+
+    async def request(self, mapping: MappingId, row: Row, member: str) -> bool:
+        """Ask the owner to hand the shard over to `member`. False: (owner, token) is no longer the row's."""
+        if (stored := self._seen(mapping, row)) is None:
             return False
-        self._rows[lease.mapping, lease.shard] = replace(row, owner=None, checkpoint=checkpoint or row.checkpoint)
+        self._rows[mapping, row.shard] = replace(stored, wanted_by=member)
         return True
+
+    async def beat(self, member: Member) -> None:
+        """Write what a member says of itself. TypeError, ValueError: its `info` is not JSON."""
+        self._members[member.id] = (member.beat, json.dumps(dict(member.info), allow_nan=False))
+
+    async def members(self) -> dict[str, Member]:
+        """Every member that has not left, by id."""
+        return {name: Member(name, beat, json.loads(info)) for name, (beat, info) in sorted(self._members.items())}
+
+    async def leave(self, member: str) -> None:
+        """Forget a member; absent is fine."""
+        self._members.pop(member, None)
 
     async def forget(self, mapping: MappingId, shards: Sequence[ShardId] | None = None) -> None:
         """Delete the rows of a mapping, or of some of its shards."""
@@ -111,6 +134,11 @@ class MemoryStore:
 
     async def close(self) -> None:
         """Nothing is open."""
+
+    def _seen(self, mapping: MappingId, row: Row) -> Row | None:
+        """The row as it is stored, if its owner and token are still those."""
+        stored = self._rows.get((mapping, row.shard))
+        return stored if stored is not None and (stored.owner, stored.token) == (row.owner, row.token) else None
 
     def _held(self, lease: Lease) -> Row | None:
         """The row, while the lease is the right to write it. The owner counts too: a released lease is none."""

@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
 
-from poller.core.model import Checkpoint, Lease, MappingId, Position, PositionKind, Row, ShardId
+from poller.core.model import Checkpoint, Lease, MappingId, Member, Position, PositionKind, Row, ShardId
 from poller.errors import PollerError, StoreIncompatible, StoreInUse, StoreUnavailable
 from poller.ports import StoreObserver
 
@@ -54,6 +54,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID
         """,
         "CREATE TABLE documents (key TEXT PRIMARY KEY, document TEXT NOT NULL, updated_at TEXT NOT NULL) WITHOUT ROWID",
+    ),
+    (
+        "ALTER TABLE shards ADD COLUMN wanted_by TEXT",  # a member that asks the owner for the shard
+        """
+        CREATE TABLE members (
+            id TEXT PRIMARY KEY, beat INTEGER NOT NULL, info TEXT NOT NULL, updated_at TEXT NOT NULL
+        ) WITHOUT ROWID
+        """,
     ),
 )
 """Statement lists: the one at index N brings a store from version N to N + 1. A shipped one never changes."""
@@ -119,9 +127,28 @@ class SqliteStore:
         """Write checkpoints in one commit; answers the leases that are no longer held (not written)."""
         return await self._ask("save", _save, tuple(changes))
 
-    async def release(self, lease: Lease, checkpoint: Checkpoint | None) -> bool:
-        """Write the last checkpoint, if any, and give the lease up, in one step. False: it was no longer held."""
-        return await self._ask("release", _release, lease, checkpoint)
+    async def release(self, lease: Lease, checkpoint: Checkpoint | None, to: str | None = None) -> bool:
+        """Write the last checkpoint, if any, and give the lease up, or hand it over, in one step. False: it was no
+        longer held.
+        """
+        return await self._ask("release", _release, lease, checkpoint, to)
+
+    async def request(self, mapping: MappingId, row: Row, member: str) -> bool:
+        """Ask the owner to hand the shard over to `member`. False: (owner, token) is no longer the row's."""
+        return await self._ask("request", _request, mapping, row, member)
+
+    async def beat(self, member: Member) -> None:
+        """Write what a member says of itself. TypeError, ValueError: its `info` is not JSON."""
+        info = json.dumps(dict(member.info), allow_nan=False)
+        await self._ask("beat", _beat, member.id, member.beat, info)
+
+    async def members(self) -> dict[str, Member]:
+        """Every member that has not left, by id."""
+        return await self._ask("members", _members)
+
+    async def leave(self, member: str) -> None:
+        """Forget a member; absent is fine."""
+        await self._ask("leave", _leave, member)
 
     async def forget(self, mapping: MappingId, shards: Sequence[ShardId] | None = None) -> None:
         """Delete the rows of a mapping, or of some of its shards."""
@@ -427,13 +454,11 @@ def _create(connection: sqlite3.Connection, mapping: MappingId, rows: Sequence[R
     connection.executemany(
         """
         INSERT INTO shards (
-            position_kind, position_value, resume, tumbling, mapping, shard, owner, token, parents, updated_at
-        ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, CURRENT_TIMESTAMP) ON CONFLICT (mapping, shard) DO NOTHING
+            position_kind, position_value, resume, tumbling, mapping, shard, owner, token, parents, wanted_by,
+            updated_at
+        ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, CURRENT_TIMESTAMP) ON CONFLICT (mapping, shard) DO NOTHING
         """,
-        [
-            (*_columns(row.checkpoint), mapping, row.shard, row.owner, row.token, json.dumps(row.parents))
-            for row in rows
-        ],
+        [_values(mapping, row) for row in rows],
     )
 
 
@@ -441,17 +466,17 @@ def _load(connection: sqlite3.Connection, mapping: MappingId) -> dict[ShardId, R
     found = connection.execute(
         """
         SELECT shard, position_kind, position_value, resume, tumbling, owner, token, parents,
-            CAST(strftime('%s', updated_at) AS REAL) FROM shards
+            CAST(strftime('%s', updated_at) AS REAL), wanted_by FROM shards
         WHERE mapping = ? ORDER BY shard
         """,
         (mapping,),
     )
     rows = {}
-    for shard, kind, value, resume, tumbling, owner, token, parents, saved_at in found:
+    for shard, kind, value, resume, tumbling, owner, token, parents, saved_at, wanted_by in found:
         try:
             vectors = tuple(tuple(int(floor) for floor in vector) for vector in json.loads(resume))
             checkpoint = Checkpoint(Position(PositionKind(kind), value), vectors, tumbling)
-            rows[shard] = Row(shard, checkpoint, tuple(json.loads(parents)), owner, token, saved_at or 0.0)
+            rows[shard] = Row(shard, checkpoint, tuple(json.loads(parents)), owner, token, saved_at or 0.0, wanted_by)
         except (TypeError, ValueError) as error:
             raise StoreUnavailable(
                 f"The store's row of mapping {mapping}, shard {shard} is damaged: {error}."
@@ -462,12 +487,13 @@ def _load(connection: sqlite3.Connection, mapping: MappingId) -> dict[ShardId, R
 def _acquire(connection: sqlite3.Connection, mapping: MappingId, row: Row, owner: str) -> Lease | None:
     taken = connection.execute(
         """
-        UPDATE shards SET owner = ?, token = token + 1  -- updated_at stays: it says when the position was written
+        UPDATE shards SET owner = ?, token = token + 1, wanted_by = NULL  -- updated_at: when the position was written
         WHERE mapping = ? AND shard = ? AND owner IS ? AND token = ?
         """,
         (owner, mapping, row.shard, row.owner, row.token),
     )
-    return Lease(mapping, row.shard, owner, row.token + 1) if taken.rowcount else None
+    lease = Lease(mapping, row.shard, owner, row.token + 1)
+    return lease if taken.rowcount or _is_held(connection, lease) else None  # held already when this is a repeat
 
 
 def _save(connection: sqlite3.Connection, changes: Sequence[tuple[Lease, Checkpoint]]) -> Sequence[Lease]:
@@ -496,19 +522,57 @@ def _is_held(connection: sqlite3.Connection, lease: Lease) -> bool:
     return found.fetchone() is not None
 
 
-def _release(connection: sqlite3.Connection, lease: Lease, checkpoint: Checkpoint | None) -> bool:
+def _release(connection: sqlite3.Connection, lease: Lease, checkpoint: Checkpoint | None, to: str | None) -> bool:
+    key = (lease.mapping, lease.shard)
+    token = lease.token + (to is not None)
+    columns = (None, None, None, None) if checkpoint is None else _columns(checkpoint)
     released = connection.execute(
         """
-        UPDATE shards SET position_kind = COALESCE(?, position_kind), position_value = COALESCE(?, position_value),
-            resume = COALESCE(?, resume), tumbling = COALESCE(?, tumbling), owner = NULL, updated_at = CURRENT_TIMESTAMP
-        WHERE mapping = ? AND shard = ? AND owner = ? AND token = ?
+        UPDATE shards SET position_kind = COALESCE(?1, position_kind), position_value = COALESCE(?2, position_value),
+            resume = COALESCE(?3, resume), tumbling = COALESCE(?4, tumbling), owner = ?5, token = ?6, wanted_by = NULL,
+            updated_at = CASE WHEN ?1 IS NULL THEN updated_at ELSE CURRENT_TIMESTAMP END
+        WHERE mapping = ?7 AND shard = ?8 AND owner = ?9 AND token = ?10
         """,
-        (
-            *((None, None, None, None) if checkpoint is None else _columns(checkpoint)),
-            *(lease.mapping, lease.shard, lease.owner, lease.token),
-        ),
+        (*columns, to, token, *key, lease.owner, lease.token),
     )
-    return released.rowcount > 0
+    if released.rowcount:
+        return True
+    done = connection.execute(  # when this is a repeat
+        """
+        SELECT 1 FROM shards WHERE position_kind = COALESCE(?1, position_kind)
+            AND position_value = COALESCE(?2, position_value) AND resume = COALESCE(?3, resume)
+            AND tumbling = COALESCE(?4, tumbling) AND owner IS ?5 AND token = ?6 AND mapping = ?7 AND shard = ?8
+        """,
+        (*columns, to, token, *key),
+    )
+    return done.fetchone() is not None
+
+
+def _request(connection: sqlite3.Connection, mapping: MappingId, row: Row, member: str) -> bool:
+    asked = connection.execute(
+        "UPDATE shards SET wanted_by = ? WHERE mapping = ? AND shard = ? AND owner IS ? AND token = ?",
+        (member, mapping, row.shard, row.owner, row.token),
+    )
+    return asked.rowcount > 0
+
+
+def _beat(connection: sqlite3.Connection, member_id: str, beat: int, info: str) -> None:
+    connection.execute(
+        """
+        INSERT INTO members (id, beat, info, updated_at) VALUES (?, ?, ?, CURRENT_TIMESTAMP)
+        ON CONFLICT (id) DO UPDATE SET beat = excluded.beat, info = excluded.info, updated_at = excluded.updated_at
+        """,
+        (member_id, beat, info),
+    )
+
+
+def _members(connection: sqlite3.Connection) -> dict[str, Member]:
+    found = connection.execute("SELECT id, beat, info FROM members ORDER BY id")
+    return {name: Member(name, beat, json.loads(info)) for name, beat, info in found}
+
+
+def _leave(connection: sqlite3.Connection, member_id: str) -> None:
+    connection.execute("DELETE FROM members WHERE id = ?", (member_id,))
 
 
 def _forget(connection: sqlite3.Connection, mapping: MappingId, shards: Sequence[ShardId] | None) -> None:
@@ -542,16 +606,11 @@ def _restore(
         connection.executemany(
             """
             INSERT INTO shards (
-                position_kind, position_value, resume, tumbling, mapping, shard, owner, token, parents, updated_at
-            ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, COALESCE(datetime(?, 'unixepoch'), CURRENT_TIMESTAMP))
+                position_kind, position_value, resume, tumbling, mapping, shard, owner, token, parents, wanted_by,
+                updated_at
+            ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, COALESCE(datetime(?, 'unixepoch'), CURRENT_TIMESTAMP))
             """,
-            [
-                (
-                    *(*_columns(row.checkpoint), mapping, row.shard, row.owner, row.token, json.dumps(row.parents)),
-                    row.saved_at if isfinite(row.saved_at) else None,
-                )
-                for row in put
-            ],
+            [(*_values(mapping, row), row.saved_at if isfinite(row.saved_at) else None) for row in put],
         )
     for key, text in texts.items():
         if text is None:
@@ -599,6 +658,12 @@ def _prune_documents(connection: sqlite3.Connection, prefix: str, keep: int) -> 
     connection.executemany(
         "DELETE FROM documents WHERE key = ?", [(key,) for key in found[: max(0, len(found) - keep)]]
     )
+
+
+def _values(mapping: MappingId, row: Row) -> tuple[Any, ...]:
+    """A row's columns, but for `updated_at`, in the order of the INSERT statements."""
+    parents = json.dumps(row.parents)
+    return (*_columns(row.checkpoint), mapping, row.shard, row.owner, row.token, parents, row.wanted_by)
 
 
 def _columns(checkpoint: Checkpoint) -> tuple[str, str, str, str]:

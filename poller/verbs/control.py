@@ -46,11 +46,14 @@ def _resume(given: argparse.Namespace) -> int:
 
 
 def _seek(given: argparse.Namespace) -> int:
-    if bool(given.shard) != bool(given.sequence):
+    if (given.shard is None) != (given.sequence is None):
         raise PollerError("--shard and --sequence belong together")
-    if given.shard:
+    for name, value in (("--at", given.at), ("--shard", given.shard), ("--sequence", given.sequence)):
+        if value == "":
+            raise PollerError(f"{name} is empty; is a variable not set?")
+    if given.shard is not None:
         order: dict[str, Any] = {"shard": given.shard, "sequence": given.sequence}
-    elif given.at:
+    elif given.at is not None:
         order = {"position": "AT_TIMESTAMP", "timestamp": _epoch(given.at)}
     else:
         order = {"position": "LATEST" if given.latest else "TRIM_HORIZON"}

@@ -29,6 +29,7 @@ from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.stream_runner import StreamRunner
 from poller.stores.memory import MemoryStore
 from tests.fakes.observer import NullObserver
+from tests.fakes.leases import alone
 from tests.sim.loop import VirtualClock, VirtualLoop
 
 TROUBLE = Backoff(0.5, 5.0, lambda: 1.0)
@@ -172,7 +173,14 @@ def test_a_lease_that_is_taken_during_a_stop_is_given_back() -> None:
     async def main(clock):
         store = Slow()
         context = Context(
-            clock, None, store, Checkpointer(store, clock, 0.1, TROUBLE), ByteBudget(1), TROUBLE, TROUBLE, "me"
+            clock,
+            None,
+            store,
+            Checkpointer(store, clock, 0.1, TROUBLE),
+            ByteBudget(1),
+            TROUBLE,
+            TROUBLE,
+            alone(store, clock),
         )
         mapping = Mapping(
             "m", SourceSpec(SourceKind.KINESIS, "arn", "r", "1", "s"), FunctionSpec("f", "arn", "role"),

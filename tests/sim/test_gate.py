@@ -2,25 +2,13 @@
 
 import asyncio
 import random
-from types import SimpleNamespace
+from contextlib import suppress
+from math import inf
 
 import pytest
 
 from poller.runtime.gate import Gate
 from tests.sim.loop import run_virtual
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
-    """asyncio-throttle reads virtual time; counts how often it looks."""
-    looks = SimpleNamespace(count=0)
-
-    def monotonic() -> float:
-        looks.count += 1
-        return asyncio.get_running_loop().time()
-
-    monkeypatch.setattr("asyncio_throttle.throttler.time", SimpleNamespace(monotonic=monotonic))
-    return looks
 
 
 def now() -> float:
@@ -117,18 +105,27 @@ def test_waiters_are_served_in_order() -> None:
     run_virtual(main())
 
 
-def test_a_thousand_waiters_look_at_the_clock_as_seldom_as_one(clock) -> None:
-    """Only the first in the line polls: a hundred looks a period, not a hundred thousand."""
+def test_a_thousand_waiters_cost_as_little_as_one() -> None:
+    """Only the first in the line looks at the clock, and once for each permit."""
 
     async def main():
-        gate = Gate(None, 1.0)
+        gate, loop, looks = Gate(None, 1.0), asyncio.get_running_loop(), 0
         waiting = [asyncio.ensure_future(gate.permit()) for _ in range(1000)]
-        await asyncio.sleep(10.05)
-        assert sum(task.done() for task in waiting) == 10
+        await asyncio.sleep(0.5)
+        time = loop.time
+
+        def count() -> float:
+            nonlocal looks
+            looks += 1
+            return time()
+
+        loop.time = count
+        await asyncio.sleep(10.0)
+        assert sum(task.done() for task in waiting) == 11
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
-        assert clock.count < 1100
+        assert looks < 200  # the loop's own looks included
 
     run_virtual(main())
 
@@ -210,18 +207,334 @@ def test_who_waits_for_a_permit_makes_it_scarce() -> None:
     run_virtual(main())
 
 
-def test_without_bounds_nothing_waits(clock) -> None:
-    """No suspension, no look at the clock; refund and release are harmless."""
+def test_without_bounds_nothing_waits() -> None:
+    """No suspension; what comes back of a refund is harmless, though the first stamp of a loop may be 0."""
 
     async def main():
         gate = Gate(None)
         for step in (gate.acquire(), gate.permit(), gate.__aenter__()):
             with pytest.raises(StopIteration):
                 step.send(None)
-        assert await gate.permit() == 0.0
-        gate.refund(0.0)
+        free = await gate.permit()
+        gate.release()
         gate.release()
         assert not gate.is_scarce
+        assert gate.is_unused
+        gate.resize(None, 0.1)
+        assert await gate.permit() == now() == 0.0
+        gate.refund(free)
+        assert not gate.is_unused
+        await gate.permit()
+        assert now() > 10.0
 
     run_virtual(main())
-    assert clock.count == 0
+
+
+# --- bounds that change
+
+
+class Use:
+    """Who has slots of a gate and who waits for one, by number."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.inside: set[int] = set()
+        self.order: list[int] = []
+        self.waiting: set[int] = set()
+        self.ends: dict[int, asyncio.Event] = {}
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def one(self, number: int) -> None:
+        self.waiting.add(number)
+        try:
+            await self.gate.acquire()
+        finally:
+            self.waiting.remove(number)
+        self.inside.add(number)
+        self.order.append(number)
+        try:
+            await self.ends.setdefault(number, asyncio.Event()).wait()
+        finally:
+            self.inside.remove(number)
+            self.gate.release()
+
+    async def start(self, *numbers: int) -> None:
+        self.tasks += [asyncio.ensure_future(self.one(number)) for number in numbers]
+        await asyncio.sleep(0.001)
+
+    async def end(self, *numbers: int) -> None:
+        for number in numbers:
+            self.ends[number].set()
+        await asyncio.sleep(0.001)
+
+    async def resize(self, limit: int | None, rate: float | None = None) -> None:
+        self.gate.resize(limit, rate)
+        await asyncio.sleep(0.001)
+
+    async def end_all(self) -> None:
+        while self.inside:
+            await self.end(*self.inside)
+        await asyncio.gather(*self.tasks)
+
+
+def test_a_raised_limit_wakes_those_who_wait() -> None:
+    """As many as there is room for, in order; those behind them go on waiting."""
+
+    async def main():
+        use = Use(Gate(1))
+        await use.start(0, 1, 2, 3, 4, 5)
+        assert use.inside == {0}
+        await use.resize(3)
+        assert use.inside == {0, 1, 2}
+        await use.end(1)
+        assert use.inside == {0, 2, 3}
+        await use.resize(None)
+        assert use.inside == {0, 2, 3, 4, 5}
+        assert not use.gate.is_scarce
+        await use.end_all()
+        assert use.order == [0, 1, 2, 3, 4, 5]
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_lowered_limit_lets_what_runs_end_and_admits_nobody_before(limit: int | None) -> None:
+    """What began without any limit counts too."""
+
+    async def main():
+        use = Use(Gate(limit))
+        await use.start(0, 1, 2, 3, 4)
+        await use.resize(2)
+        assert use.inside == {0, 1, 2, 3, 4}
+        await use.start(5, 6)
+        await use.end(0, 1)
+        assert use.inside == {2, 3, 4}
+        await use.end(2)
+        assert use.inside == {3, 4}, "two are not below two"
+        await use.end(3)
+        assert use.inside == {4, 5}
+        await use.end_all()
+        assert use.gate.is_unused
+
+    run_virtual(main())
+
+
+def test_who_is_cancelled_while_a_slot_is_handed_over_passes_it_on() -> None:
+    """Whatever comes first, in one step of the loop: the slot or the cancellation."""
+
+    async def main():
+        for is_first in (True, False):
+            use = Use(Gate(1))
+            await use.start(0, 1, 2)
+            if is_first:
+                use.tasks[1].cancel()
+            use.gate.resize(2, None)
+            if not is_first:
+                use.tasks[1].cancel()
+            await asyncio.sleep(0.001)
+            assert use.inside == {0, 2}
+            await use.start(3)
+            assert use.inside == {0, 2}
+            await use.end(0)
+            assert use.inside == {2, 3}
+            with suppress(asyncio.CancelledError):
+                await use.end_all()
+            await asyncio.wait(use.tasks)
+            assert use.gate.is_unused
+
+    run_virtual(main())
+
+
+def test_another_rate_holds_at_once_for_those_who_wait() -> None:
+    """A permit in 1000 seconds becomes one a second, or free; what was used counts on."""
+
+    async def main():
+        gate = Gate(None, 0.001)
+        await gate.permit()
+        waiting = [asyncio.ensure_future(gate.permit()) for _ in range(6)]
+        await asyncio.sleep(0.4)
+        gate.resize(None, 1.0)
+        await waiting[0]
+        assert 1.0 < now() < 1.01
+        gate.resize(None, 3.0)
+        await asyncio.wait(waiting[1:3])
+        assert now() < 1.01
+        assert not waiting[3].done(), "three in a second"
+        gate.resize(None, None)
+        await asyncio.gather(*waiting)
+        assert now() < 1.01
+        gate.resize(None, 0.1)
+        await gate.permit()
+        assert 11.0 < now() < 11.02
+
+    run_virtual(main())
+
+
+def test_a_lower_rate_counts_what_was_used_under_the_higher() -> None:
+    """10 a second, then 2: not until all but one of the ten are a second old."""
+
+    async def main():
+        gate = Gate(None, 10.0)
+        for _ in range(10):
+            await gate.permit()
+            await asyncio.sleep(0.05)
+        gate.resize(None, 2.0)
+        await gate.permit()
+        assert 1.4 < now() < 1.41
+        await gate.permit()
+        assert 1.45 < now() < 1.46
+        await gate.permit()
+        assert 2.4 < now() < 2.41
+
+    run_virtual(main())
+
+
+def test_a_gate_that_remembers_is_not_unused() -> None:
+    """Forgotten too early, a mapping that starts again would have its permits twice, or its slots."""
+
+    async def main():
+        gate = Gate(1, 0.1)
+        assert gate.is_unused
+        gate.users = 1
+        assert not gate.is_unused
+        gate.users = 0
+        await gate.permit()
+        assert not gate.is_unused
+        await asyncio.sleep(10.1)
+        assert gate.is_unused
+        await gate.acquire()
+        assert not gate.is_unused
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_slots_hold_whatever_changes(seed: int) -> None:
+    """Callers, cancellations and limits at any moment: nobody gets a slot over the limit of that moment, nobody waits
+    while one is free, and nobody overtakes.
+    """
+
+    async def main():
+        rng = random.Random(seed)
+        limit = rng.choice((None, 1, 2, 5))
+        gate, running, numbers, waiting, served, lost = Gate(limit), 0, 0, 0, [], 0
+
+        async def use() -> None:
+            nonlocal running, numbers, waiting
+            await asyncio.sleep(rng.uniform(0, 50))
+            number, numbers, waiting = numbers, numbers + 1, waiting + 1
+            try:
+                await gate.acquire()
+            finally:
+                waiting -= 1
+            running += 1
+            assert running <= (limit or inf)
+            served.append(number)
+            try:
+                await asyncio.sleep(rng.uniform(0, 3))
+            finally:
+                running -= 1
+                gate.release()
+
+        async def use_or_give_up() -> None:
+            nonlocal lost
+            try:
+                async with asyncio.timeout(rng.choice((None, None, rng.uniform(0, 60)))):
+                    await use()
+            except TimeoutError:
+                lost += 1
+
+        async def change() -> None:
+            nonlocal limit
+            for _ in range(40):
+                await asyncio.sleep(rng.uniform(0, 2.5))
+                limit = rng.choice((None, 1, 2, 3, 5, 8))
+                gate.resize(limit, None)
+
+        async def look() -> None:
+            for _ in range(500):
+                await asyncio.sleep(rng.uniform(0, 0.2))
+                assert waiting == 0 or running >= (limit or inf)
+                assert gate.is_scarce == (waiting > 0)
+
+        async with asyncio.TaskGroup() as tasks:
+            for step in (change(), look(), *(use_or_give_up() for _ in range(200))):
+                tasks.create_task(step)
+        assert served == sorted(served)
+        assert lost
+        assert gate.is_unused
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_permits_hold_whatever_changes(seed: int) -> None:
+    """As with slots: each permit keeps to the rate of its moment, and counts what was used within the shortest period
+    that has held since; nobody waits while there is a permit.
+    """
+
+    async def main():
+        rng = random.Random(seed)
+        rate = rng.choice((None, 0.5, 3.0))
+        gate, used, since, waiting, numbers, served = Gate(None, rate), [], [(0.0, rate)], 0, 0, []
+
+        def bounds(value: float) -> tuple[int, float]:
+            limit = max(1, int(value))
+            return limit, limit / value
+
+        def period_since(stamp: float) -> float:
+            ends = [*(at for at, _ in since[1:]), inf]
+            held = [value for (_, value), end in zip(since, ends, strict=True) if end >= stamp]
+            return min(bounds(value)[1] for value in held if value)
+
+        async def use() -> None:
+            nonlocal waiting, numbers
+            await asyncio.sleep(rng.uniform(0, 50))
+            number, numbers, waiting = numbers, numbers + 1, waiting + 1
+            try:
+                stamp = await gate.permit()
+            finally:
+                waiting -= 1
+            served.append(number)
+            if rate is None:
+                assert stamp == -inf
+                return
+            assert stamp == now()
+            assert sum(stamp - earlier <= period_since(earlier) for earlier in used) < bounds(rate)[0]
+            used.append(stamp)
+            if rng.random() < 0.2:
+                await asyncio.sleep(rng.uniform(0, 2))
+                gate.refund(stamp)
+                used.remove(stamp)
+
+        async def use_or_give_up() -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(rng.choice((None, None, rng.uniform(0, 80)))):
+                    await use()
+
+        async def change() -> None:
+            nonlocal rate
+            for _ in range(20):
+                await asyncio.sleep(rng.uniform(0, 5))
+                rate = rng.choice((None, 0.2, 0.5, 1.5, 2.0, 3.9, 10.0))
+                since.append((now(), rate))
+                gate.resize(None, rate)
+            await asyncio.sleep(60)
+            rate = None
+            gate.resize(None, None)
+
+        async def look() -> None:
+            for _ in range(500):
+                await asyncio.sleep(rng.uniform(0, 0.2))
+                assert gate.is_scarce == (waiting > 0)
+                if waiting:
+                    assert rate is not None
+                    limit, period = bounds(rate)
+                    assert sum(now() - earlier <= 1.0011 * period for earlier in used) >= limit
+
+        async with asyncio.TaskGroup() as tasks:
+            for step in (change(), look(), *(use_or_give_up() for _ in range(120))):
+                tasks.create_task(step)
+        assert served == sorted(served)
+
+    run_virtual(main())

@@ -31,6 +31,7 @@ from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.queue_runner import QueueRunner
 from poller.stores.memory import MemoryStore
+from tests.fakes.leases import alone
 from tests.fakes.observer import CountingObserver
 from tests.fakes.queue import FakeQueue, Message
 from tests.sim.loop import VirtualClock, VirtualLoop
@@ -89,7 +90,7 @@ class Setup:
         self.budget = ByteBudget(more.get("budget", 10**9))
         context = Context(
             clock, rng, store, Checkpointer(store, clock, 0.1, trouble), self.budget,
-            Backoff(1.0, 5.0, lambda: 1.0), trouble, "me",
+            Backoff(1.0, 5.0, lambda: 1.0), trouble, alone(store, clock),
         )  # fmt: skip
         mapping = Mapping(
             id="m",

@@ -29,13 +29,14 @@ from poller.core.model import (
     StreamTraits,
 )
 from poller.core.retry import Backoff
-from poller.errors import ConfigError, StoreUnavailable
+from poller.errors import AccessDenied, ConfigError, StoreUnavailable
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import Context, Pipe
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.stream_runner import seek_key
 from poller.runtime.supervisor import Supervisor, Wanted
 from poller.stores.memory import MemoryStore
+from tests.fakes.leases import alone
 from tests.fakes.observer import NullObserver
 from tests.sim.loop import EPOCH, VirtualClock, VirtualLoop
 
@@ -146,7 +147,16 @@ class Daemon:
         self.rule = lambda name, shard, numbers: None
         self.connect_error: Exception | None = None
         self.checkpointer = Checkpointer(self.store, clock, 0.1, FAST)
-        context = Context(clock, random.Random(1), self.store, self.checkpointer, ByteBudget(10**6), FAST, FAST, "me")
+        context = Context(
+            clock,
+            random.Random(1),
+            self.store,
+            self.checkpointer,
+            ByteBudget(10**6),
+            FAST,
+            FAST,
+            alone(self.store, clock),
+        )
         self.supervisor = Supervisor(context, self)
 
     async def connect(self, wanted: Wanted, result) -> Pipe:
@@ -188,9 +198,9 @@ class Daemon:
         return {name: row.checkpoint.position for name, row in (await self.store.load("m")).items()}
 
     async def order(self, *orders: dict) -> None:
-        document = {"orders": [{"value": "", "shard": "", "by": "alice", **order} for order in orders]}
-        await self.store.put_document(seek_key("m"), document)
-        self.supervisor.begin_anew("m")
+        for number, order in enumerate(orders):
+            await self.store.put_document(seek_key("m", number), {"value": "", "shard": "", "by": "alice", **order})
+        self.supervisor.seek("m")
 
 
 def run(main):
@@ -565,7 +575,7 @@ def test_latest_of_a_moment_reads_shards_that_were_closed_since() -> None:
         await store.create("m", [Row("p", Checkpoint(Position(PositionKind.AFTER, "3")))])
         daemon = Daemon(stream, store)
         await store.put_document(
-            seek_key("m"), {"orders": [{"kind": "LATEST", "value": repr(EPOCH + 2), "shard": "", "by": "bob"}]}
+            seek_key("m", 1.0), {"kind": "LATEST", "value": repr(EPOCH + 2), "shard": "", "by": "bob"}
         )
         daemon.start()
         await asyncio.sleep(5)
@@ -573,3 +583,310 @@ def test_latest_of_a_moment_reads_shards_that_were_closed_since() -> None:
         await daemon.stop()
 
     run(main)
+
+
+# --- found by an attack on these changes
+
+
+def test_a_resumed_mapping_does_not_wait_for_what_the_paused_one_has_in_flight() -> None:
+    """Only the shard of the invocation that hangs does."""
+
+    async def main():
+        daemon = Daemon(Stream(a=2, b=2))
+        hangs = asyncio.Event()
+        daemon.rule = lambda name, shard, numbers: hangs if shard == "a" else None
+        daemon.start()
+        await asyncio.sleep(2)
+        daemon.supervisor.want(Wanted(replace(MAPPING, enabled=False), 1))
+        await asyncio.sleep(1)
+        assert daemon.status().state == "Disabling"
+        assert daemon.status().in_flight == 1
+        daemon.supervisor.want(Wanted(MAPPING, 1))
+        daemon.stream.add("b", 2)
+        await asyncio.sleep(5)
+        assert daemon.done == [("b", 1), ("b", 2), ("b", 3), ("b", 4)]
+        assert {shard.id for shard in daemon.status().shards} == {"a", "b"}
+        hangs.set()
+        await asyncio.sleep(5)
+        assert sorted(daemon.done) == [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3), ("b", 4)]
+        await daemon.stop()
+
+    run(main)
+
+
+def test_seek_of_one_shard_does_not_wait_for_anothers_invocation() -> None:
+    """Nor does any shard stop for it but the one that is moved."""
+
+    async def main():
+        daemon = Daemon(Stream(a=2, b=2))
+        hangs = asyncio.Event()
+        daemon.rule = lambda name, shard, numbers: hangs if shard == "a" else None
+        daemon.start()
+        await asyncio.sleep(2)
+        await daemon.order({"kind": "AT_SEQUENCE_NUMBER", "value": "1", "shard": "b"})
+        await asyncio.sleep(5)
+        assert daemon.done == [("b", 1), ("b", 2), ("b", 1), ("b", 2)]
+        assert daemon.status().in_flight == 1
+        hangs.set()
+        await daemon.stop()
+
+    run(main)
+
+
+def test_no_descendant_goes_on_beside_a_shard_that_is_read_again() -> None:
+    """Grandchildren neither, though their own parent is done."""
+
+    async def main():
+        stream = Stream(p=2, c=2, g=2)
+        stream.parents, stream.closed = {"c": ("p",), "g": ("c",)}, {"p", "c"}
+        daemon = Daemon(stream)
+        daemon.start()
+        await asyncio.sleep(5)
+        daemon.rule = lambda name, shard, numbers: ReplyStatus.FUNCTION_ERROR if shard == "p" else None
+        await daemon.order({"kind": "AT_SEQUENCE_NUMBER", "value": "1", "shard": "p"})
+        stream.add("g", 1)
+        await asyncio.sleep(60)
+        assert ("g", 3) not in daemon.done
+        daemon.rule = lambda name, shard, numbers: None
+        await asyncio.sleep(90)
+        assert daemon.done[6:] == [("p", 1), ("p", 2), ("g", 3)]
+        await daemon.stop()
+
+    run(main)
+
+
+def test_a_seek_that_nobody_watched_is_not_pending_after_a_pause() -> None:
+    """What is pending is noted when it happens, not when somebody asks."""
+
+    async def main():
+        daemon = Daemon(Stream(a=2))
+        daemon.start()
+        await asyncio.sleep(2)
+        await daemon.order({"kind": "TRIM_HORIZON"})
+        await asyncio.sleep(10)
+        daemon.supervisor.want(Wanted(replace(MAPPING, enabled=False), 1))
+        await asyncio.sleep(5)
+        assert not daemon.status().seek_pending
+        await daemon.stop()
+
+    run(main)
+
+
+def test_an_order_waits_while_the_listing_is_empty() -> None:
+    """Carried out on nothing it would become StartingPosition."""
+
+    async def main():
+        stream = Stream(a=3)
+        daemon = Daemon(stream)
+        daemon.start(replace(MAPPING, start=Position(PositionKind.AT_TIMESTAMP, repr(EPOCH + 3))))
+        await asyncio.sleep(2)
+        shards, stream.shards = stream.shards, {}
+        await daemon.order({"kind": "TRIM_HORIZON"})
+        await asyncio.sleep(5)
+        stream.shards = shards
+        await asyncio.sleep(60)
+        assert daemon.done == [("a", 3), ("a", 1), ("a", 2), ("a", 3)]
+        await daemon.stop()
+
+    run(main)
+
+
+class Away(MemoryStore):
+    """Reachable or not."""
+
+    is_away = False
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise StoreUnavailable("away")
+
+    async def save(self, changes):
+        self._check()
+        return await super().save(changes)
+
+    async def release(self, lease, checkpoint, to=None):
+        self._check()
+        return await super().release(lease, checkpoint, to)
+
+    async def load(self, mapping):
+        self._check()
+        return await super().load(mapping)
+
+    async def create(self, mapping, rows):
+        self._check()
+        await super().create(mapping, rows)
+
+    async def forget(self, mapping, shards=None):
+        self._check()
+        await super().forget(mapping, shards)
+
+
+def test_new_lanes_while_the_store_is_away_repeat_nothing() -> None:
+    """The position of a worker that leaves is written when the store is back, however long that takes."""
+
+    async def main():
+        store = Away()
+        daemon = Daemon(Stream(a=2), store)
+        daemon.start()
+        await asyncio.sleep(2)
+        store.is_away = True
+        daemon.stream.add("a", 40)
+        await asyncio.sleep(5)
+        daemon.supervisor.want(Wanted(with_batch(factor=3), 2))
+        await asyncio.sleep(120)
+        store.is_away = False
+        daemon.stream.add("a", 1)
+        await asyncio.sleep(90)
+        assert len(daemon.done) == 43
+        await daemon.stop()
+
+    run(main)
+
+
+class SlowSave(MemoryStore):
+    """The next save hangs until the event is set, then fails."""
+
+    hangs: asyncio.Event | None = None
+
+    async def save(self, changes):
+        if self.hangs is not None:
+            hangs, self.hangs = self.hangs, None
+            await hangs.wait()
+            raise StoreUnavailable("no answer")
+        return await super().save(changes)
+
+
+def test_a_late_save_does_not_undo_a_seek() -> None:
+    """A worker that was dropped while a save was under way is not saved again when that save fails."""
+
+    async def main():
+        store = SlowSave()
+        daemon = Daemon(Stream(a=4), store)
+        daemon.start()
+        await asyncio.sleep(2)
+        hangs = store.hangs = asyncio.Event()
+        daemon.stream.add("a", 2)
+        await asyncio.sleep(3)
+        daemon.rule = lambda name, shard, numbers: ReplyStatus.FUNCTION_ERROR
+        await daemon.order({"kind": "TRIM_HORIZON"})
+        await asyncio.sleep(0.05)
+        hangs.set()
+        await asyncio.sleep(60)
+        assert (await daemon.positions())["a"].kind is not PositionKind.AFTER
+        await daemon.stop()
+
+    run(main)
+
+
+def test_a_source_that_was_opened_for_the_old_function_is_not_kept() -> None:
+    """Asking for a function's role takes a while; the mapping may be repointed meanwhile."""
+
+    class Slow(Daemon):
+        async def connect(self, wanted: Wanted, result) -> Pipe:
+            pipe = await super().connect(wanted, result)
+
+            async def open_stream() -> Source:
+                await asyncio.sleep(5 if wanted.revision == 1 else 0)
+                return await pipe.open_stream()
+
+            return replace(pipe, open_stream=open_stream)
+
+    async def main():
+        daemon = Slow(Stream(a=4))
+        daemon.start()
+        await asyncio.sleep(1)
+        daemon.supervisor.want(Wanted(replace(MAPPING, function=FunctionSpec("g", "arn:g", "role-g")), 2))
+        await asyncio.sleep(60)
+        assert {call[4] for call in daemon.calls} == {"role-g"}
+        await daemon.stop()
+
+    run(main)
+
+
+def test_a_mapping_that_is_wanted_again_while_it_is_forgotten() -> None:
+    """It comes back once its positions are gone; it once stayed away until a restart."""
+
+    async def main():
+        store = Away()
+        daemon = Daemon(Stream(a=2), store)
+        daemon.start()
+        await asyncio.sleep(2)
+        daemon.supervisor.remove("m", forget=True)
+        store.is_away = True
+        await asyncio.sleep(10)
+        daemon.supervisor.want(Wanted(MAPPING, 1))
+        await asyncio.sleep(1)
+        store.is_away = False
+        await asyncio.sleep(60)
+        assert daemon.status().state == "Enabled"
+        await daemon.stop()
+
+    run(main)
+
+
+def test_a_replaced_stream_is_read_from_its_start_after_a_crash_too() -> None:
+    """Its name is stored once its rows are: stored before, the next start would begin at StartingPosition."""
+
+    async def main():
+        store = Away()
+        await store.put_document("stream/m", {"arn": "arn:1", "incarnation": "0"})
+        await store.create("m", [Row("a", Checkpoint(Position(PositionKind.AFTER, "99")))])
+        late = replace(MAPPING, start=Position(PositionKind.AT_TIMESTAMP, repr(EPOCH + 4)))
+
+        class Dies(Away):
+            async def create(self, mapping, rows):
+                raise StoreUnavailable("away")
+
+        dying = Dies()
+        dying._rows, dying._documents = store._rows, store._documents
+        first = Daemon(Stream(a=4), dying)
+        first.start(late)
+        await asyncio.sleep(3)
+        await first.stop()
+        store._rows, store._documents = dying._rows, dying._documents
+        second = Daemon(Stream(a=4), store)
+        second.start(late)
+        await asyncio.sleep(5)
+        assert [n for _, n in second.done] == [1, 2, 3, 4]
+        await second.stop()
+
+    run(main)
+
+
+def test_shards_that_are_known_go_on_although_they_cannot_be_listed(monkeypatch) -> None:
+    """A change of lanes under a right that was taken away once stopped them all."""
+
+    async def main():
+        daemon = Daemon(Stream(a=2, b=2))
+        daemon.start()
+        await asyncio.sleep(2)
+
+        async def refuse(self) -> Listing:
+            raise AccessDenied("ListShards")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Source, "shards", refuse)
+            daemon.supervisor.want(Wanted(with_batch(factor=3), 1))
+            await asyncio.sleep(5)
+            daemon.stream.add("a", 2)
+            await asyncio.sleep(60)
+            assert ("a", 4) in daemon.done
+            assert "ListShards" in daemon.status().reason
+        await daemon.stop()
+
+    run(main)
+
+
+def test_a_window_that_was_switched_off_is_said() -> None:
+    """What the function had counted is dropped, and that is no secret."""
+
+    async def main():
+        store = MemoryStore()
+        await store.create("m", [Row("a", Checkpoint(TRIM_HORIZON, (), f"{EPOCH}\n{{}}"))])
+        daemon = Daemon(Stream(a=1), store)
+        daemon.start()
+        await asyncio.sleep(2)
+        await daemon.stop()
+
+    [dropped] = [entry for entry in run(main) if entry["event"] == "window_dropped"]
+    assert (dropped["shard"], float(dropped["window"])) == ("a", EPOCH)

@@ -3,7 +3,12 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
+import structlog
+
 from poller.core.model import FunctionSpec
+from poller.core.retry import Backoff
+from poller.runtime.circuit import Circuit
 from poller.runtime.gate import Gate
 from tests.sim.test_queue_runner import OK, THROTTLED, Setup, Target, run
 
@@ -122,6 +127,200 @@ def test_slots_of_the_new_gate_count() -> None:
         async with asyncio.timeout(1):
             await old_gate.acquire()
             await new_gate.acquire()
+
+    run(main)
+
+
+def test_nobody_stays_in_the_line_of_another_function() -> None:
+    """An invocation of 15 minutes has the old function's only slot: those who wait behind it go on with the new one."""
+
+    async def main():
+        gate = Gate(1)
+        old, new = Target(seconds=900.0, timeout=900.0), Target()
+        setup = Setup(old, gate=gate, visibility=60.0)
+        setup.queue.send("1")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(3)
+        assert retune(setup, new, Gate(None))
+        assert retune(setup, new, Gate(1)), "changed again in the same moment"
+        setup.queue.send("2", "3")
+        await asyncio.sleep(25)
+        assert new.ids() == [["m1", "m2"]]
+        assert not gate.is_scarce
+        await asyncio.sleep(900)
+        assert gate.is_unused
+        setup.runner.stop()
+        await task
+        assert setup.queue.left() == []
+        assert {message.receives for message in setup.queue.messages} == {1}
+
+    run(main)
+
+
+def test_more_slots_for_the_same_function_are_used_at_once() -> None:
+    """max_concurrency from 1 to 2 while an invocation of 15 minutes runs; then from 2 to 1, and nobody gets in."""
+
+    async def main():
+        gate = Gate(1)
+        target = Target(seconds=900.0, timeout=900.0)
+        setup = Setup(target, gate=gate, size=1, visibility=60.0)
+        setup.queue.send("1", "2", "3")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(30)
+        assert target.running == 1
+        gate.resize(2, None)
+        await asyncio.sleep(1)
+        assert target.ids() == [["m0"], ["m1"]]
+        gate.resize(1, None)
+        await asyncio.sleep(875)
+        assert target.running == 1, "the second one; the third waits for it"
+        gate.resize(None, None)
+        await asyncio.sleep(1)
+        assert target.ids() == [["m0"], ["m1"], ["m2"]]
+        assert target.running == 2
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_a_permit_of_another_function_is_no_permit() -> None:
+    """Loops that wait for the old function's rate, one in 50 seconds, go on at once at the new one's, in its slots."""
+
+    async def main():
+        old_gate, new_gate = Gate(None, 0.02), Gate(1)
+        old, new = Target(seconds=0.0), Target(seconds=5.0)
+        setup = Setup(old, gate=old_gate, visibility=600.0)
+        setup.queue.send(*map(str, range(60)))
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(10)
+        assert retune(setup, new, new_gate)
+        await asyncio.sleep(29)
+        assert len(new.batches) >= 5
+        await asyncio.sleep(60)
+        assert new.most_running == 1
+        setup.runner.stop()
+        await task
+        assert len(old.batches) == 1
+        assert setup.queue.left() == []
+        assert new_gate.is_unused
+
+    run(main)
+
+
+def test_a_gate_that_changes_with_the_permit_is_seen() -> None:
+    """The permit of the old function comes in the moment of the change: it is given back, and the new one asked for."""
+
+    async def main():
+        old_gate, new_gate = Gate(None, 0.1), Gate(None, 0.01)
+        old, new = Target(), Target()
+        setup = Setup(old, gate=old_gate, size=1, visibility=600.0)
+        stamp = await old_gate.permit()
+        await new_gate.permit()
+        setup.queue.send("1")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(5)
+        assert old_gate.is_scarce
+        old_gate.refund(stamp)
+        await asyncio.sleep(0)  # the one who waits has it from here on, and has not run
+        assert retune(setup, new, new_gate)
+        await asyncio.sleep(50)
+        assert not old.batches
+        assert not new.batches
+        assert old_gate.is_unused
+        await asyncio.sleep(50)
+        assert new.ids() == [["m0"]]
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def slow_to_probe(setup: Setup) -> None:
+    """Backoff up to a minute."""
+    setup.runner._context = replace(setup.runner._context, backoff=Backoff(1.0, 60.0, lambda: 1.0))
+    if setup.runner._circuit:
+        setup.runner._circuit = Circuit(setup.clock, setup.runner._context.backoff)
+
+
+@pytest.mark.parametrize("breaker", [True, False])
+def test_a_function_that_is_down_is_left_at_once(breaker: bool) -> None:
+    """Its next probe, or the next try of what it throttled, is a minute away: the new function is asked at once, and
+    about what is held.
+    """
+
+    async def main():
+        old, new = Target(lambda ids: THROTTLED), Target()
+        setup = Setup(old, breaker=breaker, visibility=600.0)
+        slow_to_probe(setup)
+        setup.queue.send("1", "2")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(200)
+        tries = len(old.batches)
+        while len(old.batches) == tries:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+        assert setup.runner.breaker == ("open" if breaker else "closed")
+        with structlog.testing.capture_logs() as logs:
+            assert retune(setup, new)
+        assert ("circuit_closed" in [entry["event"] for entry in logs]) == breaker
+        await asyncio.sleep(0.1)
+        assert new.ids() == [["m0", "m1"]]
+        assert setup.runner.breaker == "closed"
+        setup.runner.stop()
+        await task
+        assert setup.queue.left() == []
+        assert {message.receives for message in setup.queue.messages} == {1}
+
+    run(main)
+
+
+def test_an_open_circuit_without_messages_receives_again_at_once() -> None:
+    """The loop that waits to receive for a probe is woken too."""
+
+    async def main():
+        old, new = Target(lambda ids: THROTTLED), Target()
+        setup = Setup(old, visibility=20.0)
+        slow_to_probe(setup)
+        setup.queue.send("1")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(100)
+        for _ in range(5):
+            setup.runner._circuit.refused(60.0)
+        setup.queue.messages.clear()
+        assert retune(setup, new)
+        setup.queue.send("2")
+        await asyncio.sleep(21)
+        assert new.ids()
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+def test_late_refusals_of_the_old_function_say_nothing_about_the_new() -> None:
+    """Ten invocations under way at the change are refused: the circuit stays closed, what they held is tried at once."""
+
+    async def main():
+        old, new = Target(lambda ids: THROTTLED, seconds=30.0), Target()
+        setup = Setup(old, size=1, visibility=600.0)
+        slow_to_probe(setup)
+        setup.queue.send(*map(str, range(10)))
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(20)
+        assert old.running >= 5
+        began = {name for ids in old.ids() for name in ids}
+        assert retune(setup, new)
+        states = set()
+        for _ in range(150):
+            await asyncio.sleep(0.1)
+            states.add(setup.runner.breaker)
+        assert states == {"closed"}
+        assert began < {name for ids in new.ids() for name in ids} or len(began) == 10
+        assert len(old.batches) == len(began)
+        setup.runner.stop()
+        await task
+        assert setup.queue.left() == []
 
     run(main)
 

@@ -44,6 +44,7 @@ from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.shard_worker import ShardWorker
 from poller.stores.memory import MemoryStore
+from tests.fakes.leases import alone
 from tests.fakes.observer import CountingObserver
 from tests.sim.loop import EPOCH, VirtualClock, VirtualLoop
 
@@ -113,7 +114,7 @@ class Shard:
         self.budget = ByteBudget(more.get("budget", 10_000_000))
         self.store = MemoryStore()
         self.checkpointer = Checkpointer(self.store, clock, 0.1, trouble)
-        context = Context(clock, rng, self.store, self.checkpointer, self.budget, trouble, trouble, "me")
+        context = Context(clock, rng, self.store, self.checkpointer, self.budget, trouble, trouble, alone(self.store, clock))
         mapping = Mapping(
             id="m",
             source=SourceSpec(SourceKind.KINESIS, "arn", "r", "1", "s"),

@@ -48,6 +48,7 @@ from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.supervisor import Supervisor, Wanted
 from poller.stores.memory import MemoryStore
+from tests.fakes.leases import alone
 from tests.fakes.observer import NullObserver
 from tests.sim.loop import VirtualClock, VirtualLoop
 
@@ -364,7 +365,7 @@ class Node:
             budget=ByteBudget(world.rng.choice([10_000, 10_000_000])),
             backoff=Backoff(0.2, 5.0, world.rng.random),
             trouble=trouble,
-            owner=self.name,
+            leases=alone(store, world.clock, self.name),
         )
         self.supervisor = Supervisor(context, NodePlumbing(self))
         self.supervisor.want(Wanted(world.mapping))
@@ -682,11 +683,11 @@ class NodeStore:
         await self._after()
         return lost
 
-    async def release(self, lease: Lease, checkpoint: Checkpoint | None) -> bool:
+    async def release(self, lease: Lease, checkpoint: Checkpoint | None, to: str | None = None) -> bool:
         await self._before()
         if checkpoint is not None:
             self.node.world.check_checkpoint(lease.shard, checkpoint)
-        done = await self.inner.release(lease, checkpoint)
+        done = await self.inner.release(lease, checkpoint, to)
         await self._after()
         return done
 

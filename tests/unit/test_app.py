@@ -1,6 +1,8 @@
 """How mappings share what belongs to a function."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +26,31 @@ def wanted(function: FunctionSettings, uuid: MappingId = "m", region: str = "eu-
     return Wanted(build(uuid, document, spec, None), function)
 
 
-async def pipes(*mappings: Wanted) -> list[Pipe]:
-    """What each is connected to, one after the other, none of them disconnected in between."""
+@asynccontextmanager
+async def opened() -> AsyncIterator[Connections]:
     clock = SystemClock(asyncio.get_running_loop())
     async with AwsClients(AwsSettings(region="eu-west-1")) as clients:
         connections = Connections(clients, clock, Metrics(clock, list), Probe(clients))
         try:
-            return [await connections.connect(mapping, LastResult()) for mapping in mappings]
+            yield connections
         finally:
             await connections.close()
+
+
+async def pipes(*mappings: Wanted) -> list[Pipe]:
+    """What each is connected to, one after the other, none of them disconnected in between."""
+    async with opened() as connections:
+        return [await connections.connect(mapping, LastResult()) for mapping in mappings]
+
+
+async def admitted(pipe: Pipe, count: int) -> list[asyncio.Task[None]]:
+    """Those of so many callers that have a slot at once; the others have given up."""
+    tasks = [asyncio.ensure_future(pipe.gate.acquire()) for _ in range(count)]
+    await asyncio.sleep(0.01)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    return [task for task in tasks if not task.cancelled()]
 
 
 async def test_mappings_of_a_function_share_its_slots_and_its_rate() -> None:
@@ -46,21 +64,60 @@ async def test_mappings_of_a_function_share_its_slots_and_its_rate() -> None:
     assert alien.gate is not one.gate
 
 
-async def test_a_changed_rate_is_another_gate_and_another_revision() -> None:
-    """So a reload that changes the rate replaces the runner, and the new one keeps to the new rate."""
+async def test_changed_bounds_hold_at_once_for_all_that_share_the_function() -> None:
+    """10 slots become 5 while 10 calls run: none begins before fewer than 5 run, whichever settings it began under."""
+    ten = replace(FUNCTION, max_concurrency=10, max_invocations_per_second=None)
+    five = replace(ten, max_concurrency=5)
+    async with opened() as connections:
+        old = await connections.connect(wanted(ten), LastResult())
+        other = await connections.connect(wanted(ten, "n"), LastResult())
+        assert len(await admitted(old, 12)) == 10
+        new = await connections.connect(wanted(five), LastResult())
+        assert new.gate is old.gate is other.gate
+        assert new.target is not old.target
+        for _ in range(5):
+            old.gate.release()
+        assert await admitted(new, 1) == []
+        await connections.disconnect(old)
+        new.gate.release()
+        assert len(await admitted(other, 3)) == 1
+        again = await connections.connect(wanted(ten), LastResult())
+        assert again.target is other.target
+        assert len(await admitted(new, 7)) == 5, "the settings that were connected last"
+
+
+async def test_a_changed_rate_counts_what_was_used() -> None:
+    """It is another revision, so the mapping changes, and does not get its permits a second time."""
     changed: Any = replace(FUNCTION, max_invocations_per_second=3.0)
     assert wanted(changed) != wanted(FUNCTION)
-    old, new, none = await pipes(
-        wanted(FUNCTION), wanted(changed, "n"), wanted(replace(FUNCTION, max_invocations_per_second=None), "o")
-    )
-    assert len({id(pipe.gate) for pipe in (old, new, none)}) == 3
-    stamps = [await old.gate.permit() for _ in range(2)]
-    assert all(stamps)
-    waiter = asyncio.ensure_future(old.gate.permit())
-    await asyncio.sleep(0)
-    assert old.gate.is_scarce
-    waiter.cancel()
-    assert [await none.gate.permit() for _ in range(3)] == [0.0] * 3
+    async with opened() as connections:
+        old = await connections.connect(wanted(FUNCTION), LastResult())
+        for _ in range(2):
+            await old.gate.permit()
+        waiter = asyncio.ensure_future(old.gate.permit())
+        await asyncio.sleep(0.01)
+        new = await connections.connect(wanted(changed), LastResult())
+        await waiter
+        last = asyncio.ensure_future(new.gate.permit())
+        await asyncio.sleep(0.01)
+        assert not last.done()
+        await connections.connect(wanted(replace(FUNCTION, max_invocations_per_second=None)), LastResult())
+        await last
+
+
+async def test_a_gate_lives_as_long_as_it_knows_something() -> None:
+    """A mapping that ends and starts again has no second helping; a function that nobody uses is forgotten."""
+    async with opened() as connections:
+        first = await connections.connect(wanted(replace(FUNCTION, max_invocations_per_second=0.001)), LastResult())
+        await first.gate.permit()
+        await connections.disconnect(first)
+        second = await connections.connect(wanted(replace(FUNCTION, max_invocations_per_second=1000.0)), LastResult())
+        assert second.gate is first.gate
+        await asyncio.sleep(0.01)
+        idle = await connections.connect(wanted(replace(FUNCTION, name="g"), "n"), LastResult())
+        await connections.disconnect(idle)
+        assert (await connections.connect(wanted(replace(FUNCTION, name="g"), "n"), LastResult())).gate is not idle.gate
+        assert (await connections.connect(wanted(FUNCTION, "o"), LastResult())).gate is second.gate
 
 
 async def test_the_names_of_one_emulator_share_its_one_place() -> None:
@@ -73,3 +130,26 @@ async def test_the_names_of_one_emulator_share_its_one_place() -> None:
         await asyncio.sleep(0)
         assert second.gate.is_scarce
     await waiter
+
+
+async def test_an_emulator_takes_one_call_whatever_changes() -> None:
+    """Another rate is no second place; the lowest rate of its names holds for all, as long as it has the name."""
+    function = HttpFunction("f", "http://127.0.0.1:9/", protocol="rie")
+    slow = replace(function, name="g", max_invocations_per_second=0.001)
+    async with opened() as connections:
+        old = await connections.connect(wanted(function), LastResult())
+        await old.gate.acquire()
+        named = await connections.connect(wanted(slow, "n"), LastResult())
+        fast = replace(function, max_invocations_per_second=1000.0)
+        new = await connections.connect(wanted(fast), LastResult())
+        assert new.gate is old.gate is named.gate
+        assert await admitted(new, 1) == []
+        old.gate.release()
+        assert len(await admitted(new, 2)) == 1
+        await new.gate.permit()
+        waiter = asyncio.ensure_future(new.gate.permit())
+        await asyncio.sleep(0.05)
+        assert not waiter.done(), "one in a thousand seconds, for g"
+        await connections.disconnect(named)
+        async with asyncio.timeout(1):
+            await waiter

@@ -17,6 +17,7 @@ from poller.settings import (
     AwsSettings,
     BasicAuth,
     BearerAuth,
+    DynamoStoreSettings,
     HttpFunction,
     LambdaFunction,
     RetrySettings,
@@ -463,10 +464,8 @@ def test_one_mistake(mistakes, text, mistake):
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("store: dynamodb://table", "store"),
         ("server: {tls: {cert: a, key: b}}", "server.tls"),
         ("tracing: {endpoint: 'http://127.0.0.1:4318'}", "tracing"),
-        ("lease_seconds: 10", "lease_seconds"),
         ("limits: {shard_series: 5}", "limits.shard_series"),
         ("log: {payloads: true}", "log.payloads"),
         ("log: {payloads: '${UNSET:-on}'}", "log.payloads"),
@@ -505,8 +504,33 @@ def test_one_emulator_has_one_rate_whatever_its_names(mistakes, load):
 
 def test_a_feature_to_come_still_has_its_shape_checked(mistakes):
     """Two things are wrong, so two are said."""
-    assert mistakes("store: 'dynamodb://t?x=1'")[0].endswith("; give dynamodb://TABLE[?region=REGION&create=true]")
-    assert len(mistakes("lease_seconds: soon")) == 2
+    assert len(mistakes("limits: {shard_series: soon}")) == 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "dynamodb://t", "dynamodb://t?x=1", "dynamodb://table?create=yes", "dynamodb://table?region=", "dynamodb://",
+        "dynamodb://table?create=true&create=true", "dynamodb://table?endpoint_url=ftp://x", "dynamodb://table/path",
+    ],
+)  # fmt: skip
+def test_what_names_no_table_is_no_store(mistakes, url):
+    """With the form that it should have."""
+    [found] = mistakes(f"store: '{url}'")
+    assert found.endswith("; give dynamodb://TABLE[?region=REGION&endpoint_url=URL&create=true]")
+
+
+def test_a_table_is_a_store(load):
+    """Its saves are paid for, so they are further apart; what is absent comes from `aws`."""
+    found = load("store: dynamodb://table\nfunctions: {f: {url: 'http://x/'}}\n")
+    assert found.store == DynamoStoreSettings("dynamodb://table", "table")
+    assert (found.checkpoint_interval, found.lease_duration) == (1.0, 10.0)
+    url = "dynamodb://table?region=eu-west-1&endpoint_url=http%3A%2F%2F127.0.0.1%3A1&create=true"
+    found = load(
+        f"store: {url}\ncheckpoint_interval_seconds: 3\nlease_seconds: 5\nfunctions: {{f: {{url: 'http://x/'}}}}\n"
+    )
+    assert found.store == DynamoStoreSettings(url, "table", "eu-west-1", "http://127.0.0.1:1", True)
+    assert (found.checkpoint_interval, found.lease_duration) == (3.0, 5.0)
 
 
 def test_duplicate_uuids_are_refused(mistakes):

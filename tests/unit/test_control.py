@@ -8,7 +8,7 @@ import structlog
 from poller.clock import wall_clock
 from poller.control import ControlPlane
 from poller.core.model import TRIM_HORIZON, Checkpoint, Row
-from poller.errors import ApiError
+from poller.errors import ApiError, StoreUnavailable
 from poller.mappings import normalize
 from poller.settings import Declared, HttpFunction, Settings
 from poller.stores.memory import MemoryStore
@@ -43,7 +43,7 @@ class Supervisor:
     def last_result(self, _: str) -> str:
         return "OK"
 
-    def begin_anew(self, mapping: str) -> None:
+    def seek(self, mapping: str) -> None:
         self.begun.append(mapping)
 
 
@@ -58,6 +58,11 @@ class Probe:
         self.asked.append(source.arn)
         if source.arn in self.missing:
             raise ApiError("InvalidParameterValueException", 400, f"Stream not found: {source.arn}")
+
+    async def position(self, source, shard: str, sequence: str) -> None:
+        self.asked.append(sequence)
+        if sequence in self.missing:
+            raise ApiError("InvalidParameterValueException", 400, f"sequence {sequence} is not in shard {shard}")
 
     async def function(self, function, region: str) -> None:
         self.asked.append(function.arn)
@@ -261,8 +266,7 @@ async def test_seek_leaves_an_order_in_the_store(control, order, kept) -> None:
     """Durable before anything stops, with who gave it."""
     await control._store.create("u-1", [Row("s-1", Checkpoint(TRIM_HORIZON))])
     assert (await control.seek("u-1", order, "alice"))["uuid"] == "u-1"
-    [document] = (await control._store.documents("seek/")).values()
-    [found] = document["orders"]
+    [found] = (await control._store.documents("seek/")).values()
     assert (found["kind"], found["value"], found["shard"], found["by"]) == (*kept, "alice")
     assert control._supervisor.begun == ["u-1"]
 
@@ -270,21 +274,43 @@ async def test_seek_leaves_an_order_in_the_store(control, order, kept) -> None:
 async def test_seek_to_latest_is_the_moment_of_the_order(control) -> None:
     """Carried out an hour later it must not pass over that hour."""
     await control.seek("u-1", {"position": "LATEST"}, "alice")
-    [document] = (await control._store.documents("seek/u-1")).values()
-    assert document["orders"][0]["kind"] == "AT_TIMESTAMP"
-    assert abs(float(document["orders"][0]["value"]) - wall_clock()) < 60
+    [order] = (await control._store.documents("seek/u-1/")).values()
+    assert order["kind"] == "AT_TIMESTAMP"
+    assert abs(float(order["value"]) - wall_clock()) < 60
 
 
-async def test_orders_of_shards_add_up_and_one_for_all_replaces_them(control) -> None:
-    """What was ordered before for single shards is moot then."""
+async def test_orders_are_kept_one_by_one_in_their_order(control) -> None:
+    """Each is carried out, and forgotten, by itself: one that comes while another is carried out is not lost."""
     await control._store.create("u-1", [Row(name, Checkpoint(TRIM_HORIZON)) for name in "ab"])
-    for name in "ab":
-        await control.seek("u-1", {"shard": name, "sequence": "5"}, "alice")
-    document = (await control._store.documents("seek/u-1"))["seek/u-1"]
-    assert [order["shard"] for order in document["orders"]] == ["a", "b"]
-    await control.seek("u-1", {"position": "TRIM_HORIZON"}, "alice")
-    document = (await control._store.documents("seek/u-1"))["seek/u-1"]
-    assert [order["shard"] for order in document["orders"]] == [""]
+    for order in ({"shard": "b", "sequence": "5"}, {"shard": "a", "sequence": "5"}, {"position": "TRIM_HORIZON"}):
+        await control.seek("u-1", order, "alice")
+    assert [order["shard"] for order in (await control._store.documents("seek/u-1/")).values()] == ["b", "a", ""]
+
+
+async def test_a_record_that_is_not_there_is_no_position(control) -> None:
+    """A mistyped number would begin anywhere: it is asked for when the order is given."""
+    await control._store.create("u-1", [Row("a", Checkpoint(TRIM_HORIZON))])
+    control._probe.missing = {"55"}
+    with pytest.raises(ApiError, match="sequence 55 is not in shard a"):
+        await control.seek("u-1", {"shard": "a", "sequence": "55"}, "alice")
+    assert not await control._store.documents("seek/")
+
+
+async def test_a_delete_that_the_store_cuts_short_is_finished_by_the_next_start(control) -> None:
+    """The mapping is gone all the same: with its document and without its positions it would deliver everything again."""
+    uuid = (await control.create(MAKE))["UUID"]
+    delete = control._store.delete_document
+
+    async def fail(key: str) -> None:
+        raise StoreUnavailable("away")
+
+    control._store.delete_document = fail
+    await control.delete(uuid)
+    control._store.delete_document = delete
+    again = ControlPlane(control._store, Supervisor(), Probe())
+    await again.load(settings(Declared("u-1", DECLARED, 3)))
+    assert [one["UUID"] for one in again.list()] == ["u-1"]
+    assert not await control._store.documents("mapping/")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from poller.core.model import TRIM_HORIZON, Checkpoint, Lease, Position, PositionKind, Row
+from poller.core.model import TRIM_HORIZON, Checkpoint, Lease, Member, Position, PositionKind, Row
 from poller.errors import StoreIncompatible, StoreInUse, StoreUnavailable
 from poller.stores import sqlite
 from poller.stores.sqlite import SqliteStore
@@ -174,6 +174,7 @@ async def test_an_operator_can_read_it_while_it_runs(store: SqliteStore, path: P
         "owner": "me",
         "token": 1,
         "parents": '["p1", "p2"]',
+        "wanted_by": None,
     }
     assert updated.year >= 2024
     assert tuple(document) == ("mapping/x", '{"UUID": "x"}')
@@ -319,12 +320,32 @@ async def test_an_older_store_is_migrated_and_a_newer_refused(path: Path, monkey
     await store.close()
     with closing(sqlite3.connect(path)) as shell:
         assert shell.execute("SELECT b FROM shards").fetchone() == ("x",)
-        assert shell.execute("PRAGMA user_version").fetchone() == (3,)
+        assert shell.execute("PRAGMA user_version").fetchone() == (len(shipped) + 2,)
     monkeypatch.setattr(sqlite, "MIGRATIONS", shipped)
     assert await refused(path, StoreIncompatible) == (
-        f"The store {path} has version 3, this poller reads versions up to 1. "
+        f"The store {path} has version {len(shipped) + 2}, this poller reads versions up to {len(shipped)}. "
         "Run a newer poller, or name another file in `store`."
     )
+
+
+async def test_the_first_release_left_stores_without_members(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows stay as they were, nobody wants them, and members can be kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite, "MIGRATIONS", sqlite.MIGRATIONS[:1])
+        await (await SqliteStore.open(str(path), Requests())).close()
+    with closing(sqlite3.connect(path)) as shell:
+        shell.execute(
+            "INSERT INTO shards VALUES (?, 's1', 'AFTER_SEQUENCE_NUMBER', '5', '[]', '', 'me', 3, '[]', '2024-01-01')",
+            (M,),
+        )
+        shell.commit()
+    store = await SqliteStore.open(str(path), Requests())
+    assert await store.load(M) == {"s1": Row("s1", after(5), owner="me", token=3)}
+    assert await store.request(M, (await store.load(M))["s1"], "you")
+    await store.beat(Member("you", 1, {}))
+    assert (await store.load(M))["s1"].wanted_by == "you"
+    assert await store.members() == {"you": Member("you", 1, {})}
+    await store.close()
 
 
 async def test_a_migration_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,9 +416,11 @@ async def test_a_look_makes_nothing(path: Path, tmp_path: Path, monkeypatch: pyt
     )
     assert list(tmp_path.iterdir()) == []
     await (await SqliteStore.open(str(path), Requests())).close()
+    newest = len(sqlite.MIGRATIONS) + 1
     monkeypatch.setattr(sqlite, "MIGRATIONS", (*sqlite.MIGRATIONS, ("CREATE TABLE t (x)",)))
     assert await refused(path, StoreIncompatible, exclusive=False) == (
-        f"The store {path} has version 1, this poller needs version 2. `poller run` brings it up to date."
+        f"The store {path} has version {newest - 1}, this poller needs version {newest}. "
+        "`poller run` brings it up to date."
     )
 
 

@@ -1,0 +1,214 @@
+"""The fleet as one member sees it: it beats, looks who else does, and shares the shards out. One for the process.
+
+          beat written                 fence passed: no beat got through in time
+STARTING -------------> BEATING --------------------------------------> FENCED
+                           ^                                              | everything held is given up as lost
+                           +------------------ beat written --------------+
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from math import inf
+
+import structlog
+
+from poller.core import leasing
+from poller.core.leasing import Moves, Sightings, Spread
+from poller.core.model import MappingId, Member, Row, ShardId
+from poller.core.retry import Backoff
+from poller.errors import StoreUnavailable
+from poller.ports import CheckpointStore, Clock
+from poller.runtime.waiting import sleep_until
+
+_log = structlog.get_logger(__name__)
+
+_BEATS = 3  # in a duration
+_LOOKS = 5  # in a duration, at the rows of each mapping
+
+
+class LeaseKeeper:
+    """`alone`: nobody else can use the store (SQLite under one process): no beats, and whoever owned a lease is dead.
+
+    `live`: members that are seen to beat, this one included, in order. `changed` is set, and cleared by nobody, each
+    time that list changes: take a new one from `watch`.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        clock: Clock,
+        me: str,
+        duration: float,
+        backoff: Backoff,
+        *,
+        alone: bool = False,
+        info: Mapping[str, object] | None = None,
+    ) -> None:
+        self.me = me
+        self.live: Sequence[str] = (me,)
+        self.members: Mapping[str, Member] = {}
+        self.look_interval = inf if alone else duration / _LOOKS
+        self.is_alone = alone
+        self._store = store
+        self._clock = clock
+        self._duration = duration
+        self._backoff = backoff
+        self._info = {**(info or {}), "leaving": False}
+        self._sightings = Sightings(duration)
+        self._spread = Spread()
+        self._fence = inf if alone else -inf
+        self._beat = 0
+        self._lost: set[Callable[[], None]] = set()
+        self._at_work: dict[MappingId, set[ShardId]] = {}
+        self._told: dict[MappingId, list[Callable[[], None]]] = {}
+        self._changed = asyncio.Event()
+
+    # --- the fence
+
+    @property
+    def is_fenced(self) -> bool:
+        """Others may take what we hold: begin nothing."""
+        return self._clock.now() >= self._fence
+
+    def on_fence(self, lose: Callable[[], None]) -> None:
+        """Call it when the fence has passed."""
+        self._lost.add(lose)
+
+    def off_fence(self, lose: Callable[[], None]) -> None:
+        """Do not call it any more."""
+        self._lost.discard(lose)
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        if self.is_alone:
+            return
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._guard())
+            await self._beat_on()
+
+    async def _beat_on(self) -> None:
+        failures = 0
+        while True:
+            sent = self._clock.now()
+            try:
+                # A reply that is slow is no reply: the fence counts from before the call was sent.
+                async with asyncio.timeout_at(self._clock.loop(sent + self._duration / _BEATS)):
+                    await self._store.beat(Member(self.me, self._beat + 1, self._info))
+                    self._beat += 1
+                    self._fence = sent + self._duration * (1 - leasing.MARGIN)
+                    await self._look()
+            except (StoreUnavailable, TimeoutError) as error:
+                failures += 1
+                _log.error("beat_failed", error=str(error) or "no answer in time", failures=failures)
+                delay = min(self._duration / _BEATS, self._backoff.delay(failures))
+                await sleep_until(self._clock, self._clock.now() + delay)
+                continue
+            failures = 0
+            await sleep_until(self._clock, sent + self._duration / _BEATS)
+
+    async def _look(self) -> None:
+        self.members = await self._store.members()
+        now = self._clock.now()
+        self._sightings.saw({name: member.beat for name, member in self.members.items()}, now)
+        alive = self._sightings.live(self.members, now)
+        live = sorted({*(name for name in alive if not self.members[name].info.get("leaving")), self.me})
+        if live != list(self.live):
+            _log.info("members_changed", members=len(live), live=live, was=list(self.live))
+            self.live = live
+            self._tell()
+
+    async def _guard(self) -> None:
+        """Give everything up when the fence passes."""
+        while True:
+            fence = self._fence
+            await sleep_until(self._clock, max(fence, self._clock.now() + 0.05))
+            if self._fence > fence or fence == -inf:
+                continue
+            _log.error("leases_fenced", meaning="no beat got through in time: others may take what was held here")
+            for lose in list(self._lost):
+                lose()
+            while self.is_fenced:
+                await sleep_until(self._clock, self._clock.now() + self._duration / _BEATS)
+
+    async def leave(self) -> None:
+        """Everything was released: the others need not wait for our death."""
+        if self.is_alone:
+            return
+        try:
+            await self._store.leave(self.me)
+        except StoreUnavailable as error:
+            _log.warning("not_left", error=str(error), meaning="the others count this member until its beat is old")
+
+    async def stop(self) -> None:
+        """Say that this member hands back what it has: the others need not leave it a share."""
+        self._info["leaving"] = True
+        if not self.is_alone:
+            with suppress(StoreUnavailable):
+                await self._store.beat(Member(self.me, self._beat + 1, self._info))
+
+    # --- this process: a mapping may have a runner that ends and one that begins
+
+    def at_work(self, mapping: MappingId) -> frozenset[ShardId]:
+        """Shards that a worker of this process has, of whatever runner."""
+        return frozenset(self._at_work.get(mapping, ()))
+
+    def begin(self, mapping: MappingId, shard: ShardId) -> None:
+        """A worker has the shard."""
+        self._at_work.setdefault(mapping, set()).add(shard)
+
+    def end(self, mapping: MappingId, shard: ShardId) -> None:
+        """No worker has it any more: another may."""
+        self._at_work[mapping].discard(shard)
+        for told in self._told.get(mapping, ()):
+            told()
+
+    def on_end(self, mapping: MappingId, told: Callable[[], None]) -> None:
+        """Call it whenever a worker of the mapping has ended."""
+        self._told.setdefault(mapping, []).append(told)
+
+    def off_end(self, mapping: MappingId, told: Callable[[], None]) -> None:
+        """Do not call it any more; the runner has ended."""
+        self._told[mapping].remove(told)
+        if not self._told[mapping]:
+            del self._told[mapping]
+            self._spread.forget(mapping)
+
+    # --- who does what
+
+    def watch(self) -> asyncio.Event:
+        """Set when `live` changes next."""
+        return self._changed
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def plan(self, mapping: MappingId, rows: Sequence[Row]) -> Moves:
+        """What to do with the shards of a mapping that may be read. What is at work here is never taken."""
+        self._spread.look(mapping, rows, [row.shard for row in rows])
+        if self.is_fenced:
+            return Moves()
+        # Owners that do not beat yet, or have left, are alive until a duration has passed.
+        others = {row.owner for row in rows if self.is_live(row.owner)} - set(self.live)
+        leaving = [owner for owner in others if owner is not None]
+        working = self.at_work(mapping)
+        moves = leasing.plan(rows, working, self._spread, self.live, self.me, leaving)
+        held = self._spread.held[mapping]
+        held[self.me] = held.get(self.me, 0) + len(moves.take)
+        return moves
+
+    def is_live(self, member: str | None) -> bool:
+        """Is it another member that is alive?"""
+        if member is None or member == self.me or self.is_alone:
+            return False
+        return self._sightings.is_live(member, self._clock.now())
+
+    @property
+    def is_first(self) -> bool:
+        """What only one member should do, this one does."""
+        return self.me == self.live[0]
+
+    def slots(self, limit: int) -> int:
+        """What this member has of a number that holds for the fleet."""
+        return leasing.slots(limit, self.live, self.me)
