@@ -1,18 +1,27 @@
 """The rules of `CheckpointStore`, run against every implementation. Another one joins by a line in STORES."""
 
 import asyncio
+import base64
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from botocore.loaders import Loader
 
-from poller.core.model import END, TRIM_HORIZON, Checkpoint, Lease, Position, PositionKind, Row
+from poller.aws.session import AwsClients
+from poller.core.model import END, TRIM_HORIZON, Checkpoint, Lease, Member, Position, PositionKind, Row
 from poller.ports import CheckpointStore
+from poller.settings import DynamoStoreSettings
+from poller.stores.dynamodb import DynamoStore
 from poller.stores.memory import MemoryStore
 from poller.stores.sqlite import SqliteStore
+from tests.integration import emulators
+from tests.integration.conftest import account, connect  # noqa: F401  # fixtures
 
 Open = Callable[[], Awaitable[CheckpointStore]]
+Connect = Callable[[str], Awaitable[AwsClients]]
 
 
 class Ignored:
@@ -22,29 +31,75 @@ class Ignored:
         pass
 
 
-def memory(_: Path) -> Open:
-    store = MemoryStore()
-
-    async def open_again() -> CheckpointStore:
-        return store
-
-    return open_again
+LOADER = Loader(include_default_search_paths=True)  # parses the service's model once, not for each test
 
 
-def sqlite(directory: Path) -> Open:
-    async def open_again() -> CheckpointStore:
-        return await SqliteStore.open(str(directory / "poller.db"), Ignored())
+class Shop:
+    """Where a test keeps its stores: a directory, and clients of the emulator's account that is the test's own."""
 
-    return open_again
+    def __init__(self, directory: Path, connected: Connect) -> None:
+        self.directory = directory
+        self.connect = connected
+        self.memory = MemoryStore()
+        self.clients: AwsClients | None = None
+
+    async def open_memory(self) -> CheckpointStore:
+        return self.memory
+
+    async def open_sqlite(self) -> CheckpointStore:
+        return await SqliteStore.open(str(self.directory / "poller.db"), Ignored())
+
+    async def open_ministack(self) -> CheckpointStore:
+        return await self._open_dynamo("ministack")
+
+    async def open_roto(self) -> CheckpointStore:
+        return await self._open_dynamo("roto")
+
+    async def _open_dynamo(self, emulator: str) -> CheckpointStore:
+        if self.clients is None:
+            self.clients = await self.connect(emulators.running(emulator))
+            self.clients._session.register_component("data_loader", LOADER)
+        url = "dynamodb://leases?create=true"
+        return DynamoStore(self.clients, DynamoStoreSettings(url, "leases", "eu-west-1", create=True), Ignored())
 
 
-STORES = {"memory": memory, "sqlite": sqlite}
+STORES = {
+    "memory": Shop.open_memory,
+    "sqlite": Shop.open_sqlite,
+    "dynamodb": Shop.open_ministack,
+    "dynamodb-roto": Shop.open_roto,
+}
 
 
-@pytest.fixture(params=STORES)
-def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+ON_ROTO = (  # a second opinion on what two processes do to each other, and on steps of many rows
+    "test_create_leaves_rows_that_exist",
+    "test_two_acquirers_one_wins",
+    "test_acquire_compares_owner_and_token",
+    "test_fifty_acquirers_in_two_processes",
+    "test_stale_leases_are_answered_and_the_others_written",
+    "test_release_hands_the_shard_over",
+    "test_a_wish_is_about_a_lease",
+    "test_a_repeat_is_answered_as_the_first",
+    "test_many_rows_are_created_together",
+    "test_rows_are_restored_by_who_holds_them_all",
+    "test_big_documents",
+    "test_a_window_of_any_size_is_kept",
+    "test_a_prefix_is_text",
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test on every store."""
+    if "open_store" in metafunc.fixturenames:
+        stores = [name for name in STORES if name != "dynamodb-roto" or metafunc.function.__name__ in ON_ROTO]
+        metafunc.parametrize("open_store", stores, indirect=True)
+
+
+@pytest.fixture
+def open_store(request: pytest.FixtureRequest, tmp_path: Path, connect: Connect) -> Open:  # noqa: F811
     """Opens a store on the same data each time."""
-    return STORES[request.param](tmp_path)
+    shop = Shop(tmp_path, connect)
+    return lambda: STORES[request.param](shop)
 
 
 @pytest.fixture
@@ -313,6 +368,225 @@ async def test_a_released_lease_writes_nothing(store: CheckpointStore) -> None:
     assert list(await store.save([(lease, after(2))])) == [lease]
     assert await store.release(lease, after(2)) is False
     assert (await store.load(M))["s1"].checkpoint == after(1)
+
+
+async def test_release_hands_the_shard_over(store: CheckpointStore) -> None:
+    """Position, owner and token change together: the old owner writes nothing more, the new one acquires it from itself."""
+    (lease,) = await leased(store, "s1")
+    assert await store.request(M, (await store.load(M))["s1"], "you") is True
+    assert await store.release(lease, after(1), "you") is True
+    handed = (await store.load(M))["s1"]
+    assert handed == row("s1", checkpoint=after(1), owner="you", token=2)
+    assert list(await store.save([(lease, after(2))])) == [lease]
+    assert await store.release(lease, after(2), "me") is False
+    assert await store.acquire(M, handed, "you") == Lease(M, "s1", "you", 3)
+    assert (await store.load(M))["s1"] == row("s1", checkpoint=after(1), owner="you", token=3)
+
+
+async def test_a_lost_shard_is_not_handed_over(store: CheckpointStore) -> None:
+    """Only who holds the lease may say whose it is next."""
+    (lease,) = await leased(store, "s1")
+    thief = await store.acquire(M, (await store.load(M))["s1"], "thief")
+    assert await store.release(lease, after(1), "friend") is False
+    assert (await store.load(M))["s1"] == row("s1", owner="thief", token=2)
+    assert thief
+    assert list(await store.save([(thief, after(3))])) == []
+
+
+async def test_a_hand_over_without_a_checkpoint_keeps_the_stored_one(store: CheckpointStore) -> None:
+    """Nothing was settled since."""
+    (lease,) = await leased(store, "s1")
+    await store.save([(lease, Checkpoint(Position(PositionKind.AT, "5"), ((1, 2),), "1.0\n{}"))])
+    assert await store.release(lease, None, "you") is True
+    stored = (await store.load(M))["s1"]
+    assert (stored.owner, stored.token) == ("you", 2)
+    assert stored.checkpoint == Checkpoint(Position(PositionKind.AT, "5"), ((1, 2),), "1.0\n{}")
+
+
+async def test_a_wish_is_seen_until_the_lease_ends(store: CheckpointStore) -> None:
+    """The last who asks is the one; a save leaves the wish, whoever acquires or releases ends it."""
+    (lease,) = await leased(store, "s1")
+    seen = (await store.load(M))["s1"]
+    assert await store.request(M, seen, "a") is True
+    assert await store.request(M, seen, "b") is True
+    await store.save([(lease, after(1))])
+    stored = (await store.load(M))["s1"]
+    assert stored == row("s1", checkpoint=after(1), owner="me", token=1, wanted_by="b")
+    assert await store.acquire(M, stored, "b")
+    stored = (await store.load(M))["s1"]
+    assert stored.wanted_by is None
+    assert await store.request(M, stored, "c") is True
+    assert await store.release(Lease(M, "s1", "b", 2), None) is True
+    assert (await store.load(M))["s1"] == row("s1", checkpoint=after(1), token=2)
+
+
+@pytest.mark.parametrize("seen", [{"owner": None, "token": 1}, {"owner": "a", "token": 0}, {"owner": "b", "token": 1}])
+async def test_a_wish_is_about_a_lease(store: CheckpointStore, seen: dict[str, Any]) -> None:
+    """A wish about a lease that has ended is none; neither is one about no shard."""
+    await leased(store, "s1", owner="a")
+    assert await store.request(M, row("s1", **seen), "me") is False
+    assert await store.request(M, row("absent"), "me") is False
+    assert await store.load(M) == {"s1": row("s1", owner="a", token=1)}
+
+
+async def test_a_repeat_is_answered_as_the_first(store: CheckpointStore) -> None:
+    """Whoever did not hear the answer asks again, and must not take its own lease for another's."""
+    await store.create(M, [row("s1")])
+    seen = (await store.load(M))["s1"]
+    lease = await store.acquire(M, seen, "me")
+    assert lease == await store.acquire(M, seen, "me") == Lease(M, "s1", "me", 1)
+    assert await store.acquire(M, seen, "you") is None
+    assert await store.release(lease, after(1)) is True
+    assert await store.release(lease, after(1)) is True
+    assert await store.release(lease, None) is True
+    assert await store.release(lease, after(2)) is False
+    assert await store.release(lease, after(1), "you") is False
+    lease = await store.acquire(M, (await store.load(M))["s1"], "me")
+    assert lease
+    assert await store.release(lease, after(3), "you") is True
+    assert await store.release(lease, after(3), "you") is True
+    assert await store.release(lease, after(3), "they") is False
+    assert await store.release(lease, after(3)) is False
+    assert await store.acquire(M, (await store.load(M))["s1"], "you")
+    assert await store.release(lease, after(3), "you") is False, "taken since"
+
+
+async def test_what_settles_nothing_says_nothing_about_when(store: CheckpointStore) -> None:
+    """`saved_at` is when the position was written: taking, asking for and giving back a lease do not count."""
+    old = 1_600_000_000.0
+    assert await store.restore({M: [row("s1", saved_at=old), row("s2", saved_at=old)]}, [], {})
+    first, second = await leased(store, "s1", "s2")
+    await store.request(M, (await store.load(M))["s1"], "you")
+    await store.release(first, None)
+    await store.release(second, after(1))
+    rows = await store.load(M)
+    assert rows["s1"].saved_at == old
+    assert isinstance(store, MemoryStore) or rows["s2"].saved_at > old
+
+
+async def test_fifty_acquirers_in_two_processes(open_store: Open, store: CheckpointStore) -> None:
+    """Two stores on one table race for each shard: one of fifty wins it, and it alone may write."""
+    other = store if isinstance(store, MemoryStore | SqliteStore) else await open_store()
+    shards = [f"s{n}" for n in range(4)]
+    await store.create(M, [row(shard) for shard in shards])
+    rows = await store.load(M)
+    tries = [(shard, n) for n in range(50) for shard in shards]
+    async with asyncio.TaskGroup() as group:
+        asked = [group.create_task((store, other)[n % 2].acquire(M, rows[shard], f"node-{n}")) for shard, n in tries]
+    winners = {lease.shard: lease for task in asked if (lease := task.result())}
+    assert sum(task.result() is not None for task in asked) == len(winners) == len(shards)
+    pretenders = [Lease(M, shard, f"node-{n}", 1) for shard, n in tries]
+    stale = await other.save([(lease, after(1)) for lease in pretenders])
+    assert set(stale) == set(pretenders) - set(winners.values())
+    await other.close()
+
+
+async def test_members_beat_until_they_leave(store: CheckpointStore) -> None:
+    """Each writes what it says of itself over what it said before; they come by id."""
+    assert await store.members() == {}
+    await store.beat(Member("b", 1, {"version": "1.0"}))
+    await store.beat(Member("host/é/1", 7, {}))
+    await store.beat(Member("b", 2, {"slots": {"x": [1, None, "ü"]}}))
+    found = await store.members()
+    assert list(found) == ["b", "host/é/1"]
+    assert found == {"b": Member("b", 2, {"slots": {"x": [1, None, "ü"]}}), "host/é/1": Member("host/é/1", 7, {})}
+    await store.leave("b")
+    await store.leave("b")
+    assert list(await store.members()) == ["host/é/1"]
+
+
+async def test_members_are_apart_from_everything_else(open_store: Open, store: CheckpointStore) -> None:
+    """They are no mappings and no documents, their leases stay when they leave, and a restart finds them."""
+    await store.beat(Member("me", 1, {"n": HUGE}))
+    await leased(store, "s1")
+    assert await store.mappings() == [M]
+    assert await store.documents("") == {}
+    await store.close()
+    again = await open_store()
+    assert await again.members() == {"me": Member("me", 1, {"n": HUGE})}
+    await again.leave("me")
+    assert (await again.load(M))["s1"].owner == "me"
+    await again.close()
+
+
+@pytest.mark.parametrize("info", [{"x": float("nan")}, {"x": {1, 2}}])
+async def test_what_is_not_json_is_not_said(store: CheckpointStore, info: dict[str, Any]) -> None:
+    """It is refused when it is written, not found out by the others."""
+    with pytest.raises((TypeError, ValueError)):
+        await store.beat(Member("me", 1, info))
+    assert await store.members() == {}
+
+
+async def test_many_rows_are_created_together(store: CheckpointStore) -> None:
+    """More than any store writes in one step; the ones that exist stay, and all can be put back."""
+    (lease,) = await leased(store, "s100")
+    await store.save([(lease, after(1))])
+    rows = [row(f"s{n:03}", parents=(f"p{n}",)) for n in range(250)]
+    await asyncio.gather(*(store.create(M, rows) for _ in range(3)))
+    found = await store.load(M)
+    assert list(found) == [each.shard for each in rows]
+    assert found.pop("s100") == row("s100", checkpoint=after(1), owner="me", token=1)
+    assert found == {each.shard: each for each in rows if each.shard != "s100"}
+    leases = [lease, *[got for each in found.values() if (got := await store.acquire(M, each, "me"))]]
+    put = [row(f"t{n:03}", checkpoint=after(n)) for n in range(150)] + [row("s007", token=1)]
+    assert await store.restore({M: put}, leases[1:], {"a": {}}) is False
+    assert len(await store.load(M)) == 250
+    assert await store.restore({M: put, OTHER: [row("s1")]}, leases, {"a": {}}) is True
+    assert await store.load(M) == {each.shard: each for each in put}
+    assert await store.load(OTHER) == {"s1": row("s1")}
+    assert await store.documents("") == {"a": {}}
+    await store.forget(M)
+    assert await store.load(M) == {}
+
+
+def noise(length: int, seed: int = 1) -> str:
+    """Text that does not compress."""
+    return base64.b64encode(random.Random(seed).randbytes(length * 3 // 4)).decode()
+
+
+async def test_big_documents(open_store: Open, store: CheckpointStore) -> None:
+    """A document may be larger than any item of any store, and shrink and grow again."""
+    big, long = {"text": noise(1_500_000)}, {"text": "x" * 3_000_000}
+    await store.put_document("d/1", big)
+    await store.put_document("d/2", long)
+    assert list(await store.document_keys("d/")) == ["d/1", "d/2"]
+    assert await store.documents("d/") == {"d/1": big, "d/2": long}
+    other = {"text": noise(600_000, 2)}
+    await store.put_document("d/1", other)
+    await store.put_document("d/2", {"small": 1})
+    await store.close()
+    again = await open_store()
+    assert await again.documents("d/") == {"d/1": other, "d/2": {"small": 1}}
+    await again.put_document("d/1", {"n": 1})
+    await again.put_document("d/2", big)
+    assert await again.documents("d/") == {"d/1": {"n": 1}, "d/2": big}
+    await again.prune_documents("d/", 0)
+    assert await again.documents("") == {}
+    await again.close()
+
+
+async def test_more_documents_than_a_page(store: CheckpointStore) -> None:
+    """However many there are and however long, all are read."""
+    documents = {f"d/{n:02}": {"text": noise(100_000, n)} for n in range(25)}
+    for name, document in documents.items():
+        await store.put_document(name, document)
+    assert await store.documents("d/") == documents
+    assert list(await store.document_keys("")) == list(documents)
+
+
+async def test_a_window_of_any_size_is_kept(store: CheckpointStore) -> None:
+    """A tumbling window's state may have a megabyte: saved, replaced, released and read like any other."""
+    (lease,) = await leased(store, "s1")
+    for size in (1_000_000, 900_000, 10, 500_000):
+        checkpoint = Checkpoint(Position(PositionKind.AFTER, str(size)), (), f"1.0\n{noise(size)}")
+        assert list(await store.save([(lease, checkpoint)])) == []
+        assert (await store.load(M))["s1"].checkpoint == checkpoint
+    stale = Lease(M, "s1", "stranger", 1)
+    assert list(await store.save([(stale, Checkpoint(END, (), noise(600_000, 5)))])) == [stale]
+    assert (await store.load(M))["s1"].checkpoint == checkpoint
+    assert await store.release(lease, checkpoint) is True
+    assert await store.release(lease, checkpoint) is True
+    assert (await store.load(M))["s1"] == row("s1", checkpoint=checkpoint, token=1)
 
 
 async def test_forget_some_or_all(store: CheckpointStore) -> None:
