@@ -3,17 +3,36 @@
 import json
 import re
 import uuid
+from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from poller.core.model import DiscardReason, MappingId, Notice, ShardId, SourceKind, Window
+from poller.core.flow import lane_of
+from poller.core.model import (
+    Checkpoint,
+    DiscardReason,
+    MappingId,
+    Notice,
+    Position,
+    PositionKind,
+    ShardId,
+    SourceKind,
+    Window,
+)
 from poller.core.replies import payload, window_tail
+from poller.core.tumbling import NO_STATE, TumblingWindow
+
+UNKNOWN_STATE = b""  # of a window whose failure record came without it
 
 _BATCH_INFO = {SourceKind.KINESIS: "KinesisBatchInfo", SourceKind.DYNAMODB: "DDBStreamBatchInfo"}
 _POINTER = "store:"
 _IDENTITY = uuid.UUID("6f1d4c0e-3a52-5b0e-9a55-0d6a3f3ef1c7")  # of no meaning; it keeps our UUIDs apart from others'
 _MOST_WRAPPERS = 3  # record in an EventBridge event in an SNS notification, and one to spare
+_MOST_COUNT = 2**31  # of records and invocations: more is nonsense that nobody should have to print
+_END_OF_TIME = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
+_SEQUENCE = re.compile("[0-9]{1,128}")
+_ALL_LANES = 2**32  # with so many, a lane is the hash that decides for every other number of them
 
 
 class Report(NamedTuple):
@@ -148,7 +167,7 @@ class FailureRecord:
 
     `start`, `end` and `count` are empty and 0 for the final invocation of a tumbling window that had no records.
     `payload`: the whole event. `kept_as`: the request id under which a store has it. Both None: read the stream again.
-    `window`: that of the invocation; its state is in the payload only.
+    `window`: that of the invocation; its state is not known, unless it is in the payload.
     """
 
     request_id: str
@@ -182,11 +201,12 @@ def parse(text: str | bytes) -> FailureRecord:
     kind, name = found[0]
     context, info = _object(document, "requestContext"), _object(document, name)
     count = info.get("batchSize", 0)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < _MOST_COUNT:
         raise ValueError(f"{name}.batchSize is not a number of records")
     attempts = context.get("approximateInvokeCount", 1)
-    if not isinstance(attempts, int) or isinstance(attempts, bool):
-        raise ValueError("requestContext.approximateInvokeCount is not a number")  # noqa: TRY004
+    if not isinstance(attempts, int) or isinstance(attempts, bool) or not 0 <= attempts < _MOST_COUNT:
+        raise ValueError("requestContext.approximateInvokeCount is not a number")
+    event = _payload(document)
     return FailureRecord(
         request_id=_text(context, "requestContext.requestId"),
         function_arn=_text(context, "requestContext.functionArn"),
@@ -199,9 +219,9 @@ def parse(text: str | bytes) -> FailureRecord:
         start=_sequence(info, f"{name}.startSequenceNumber", count),
         end=_sequence(info, f"{name}.endSequenceNumber", count),
         count=count,
-        payload=_payload(document),
+        payload=None if event is None else event[0],
         kept_as=_pointer(document),
-        window=_window(document),
+        window=_window(document, None if event is None else event[1]),
     )
 
 
@@ -235,9 +255,12 @@ def _object(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _text(document: dict[str, Any], path: str) -> str:
+    """Names and numbers as text. Half a character pair could not even be printed, a line break would forge a line."""
     value = document.get(path.rpartition(".")[2])
     if not isinstance(value, str) or not value:
         raise ValueError(f"{path} is missing or not a string")
+    if not value.isprintable():
+        raise ValueError(f"{path} has characters that cannot be printed")
     return value
 
 
@@ -246,7 +269,7 @@ def _sequence(info: dict[str, Any], path: str, count: int) -> str:
     if count == 0:
         return ""
     value = _text(info, path)
-    if re.fullmatch("[0-9]{1,128}", value) is None:
+    if _SEQUENCE.fullmatch(value) is None:
         raise ValueError(f"{path} is not a sequence number")
     return value
 
@@ -259,17 +282,20 @@ def _instant(document: dict[str, Any], path: str) -> float:
         raise ValueError(f"{path} is not a time") from None
     if at.tzinfo is None:
         raise ValueError(f"{path} has no time zone")
+    if not 0 <= at.timestamp() <= _END_OF_TIME:
+        raise ValueError(f"{path} is not between 1970 and 9999")
     return at.timestamp()
 
 
-def _payload(document: dict[str, Any]) -> bytes | None:
+def _payload(document: MappingABC[str, Any]) -> tuple[bytes, dict[str, Any]] | None:
+    """The event's bytes, and the event."""
     if "payload" not in document:
         return None
     text = document["payload"]
     event = _json(text, "payload") if isinstance(text, str) else None
     if not isinstance(event, dict) or not isinstance(event.get("Records"), list):
         raise ValueError("payload is not an event in a JSON string")  # noqa: TRY004
-    return str(text).encode(errors="replace")
+    return str(text).encode(errors="replace"), event
 
 
 def _pointer(document: dict[str, Any]) -> str | None:
@@ -281,7 +307,7 @@ def _pointer(document: dict[str, Any]) -> str | None:
     return pointer.removeprefix(_POINTER)
 
 
-def _window(document: dict[str, Any]) -> Window | None:
+def _window(document: dict[str, Any], event: dict[str, Any] | None) -> Window | None:
     if "timeWindowInfo" not in document:
         return None
     info = _object(document, "timeWindowInfo")
@@ -289,7 +315,100 @@ def _window(document: dict[str, Any]) -> Window | None:
     return Window(
         start=_instant(window, "timeWindowInfo.window.start"),
         end=_instant(window, "timeWindowInfo.window.end"),
-        state=b"{}",
+        state=_state(event.get("state") if event else None),
         is_final=info.get("isFinalInvokeForWindow") is True,
         is_early=info.get("isWindowTerminatedEarly") is True,
     )
+
+
+def _state(value: Any) -> bytes:
+    """A window's state in the form in which the daemon has it: an Idempotency-Key is made of these bytes."""
+    try:
+        return json.dumps(value, separators=(",", ":")).encode() if isinstance(value, dict) else UNKNOWN_STATE
+    except RecursionError:
+        raise ValueError("the window's state is nested too deeply") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A discarded batch as the store remembers it. `ids`: the sequence numbers of its records. `hashes`: of their keys,
+    which tell their lanes; empty when they are not known. `window`: that of the last invocation, with its state.
+    """
+
+    ids: tuple[str, ...] = ()
+    hashes: tuple[int, ...] = ()
+    payload: bytes | None = None
+    window: Window | None = None
+
+    def is_settled(self, checkpoint: Checkpoint) -> bool:
+        """Does a daemon that starts from this checkpoint of the shard leave the batch alone? Else it delivers it again,
+        or gives it up again, itself. Never true of what is not settled, but for a final invocation in the instant
+        before its window is saved for the first time.
+        """
+        if checkpoint.position.kind is PositionKind.END:
+            return True
+        if not self.ids:
+            return self.window is None or self._is_over(self.window, TumblingWindow(0.0, checkpoint.window))
+        match checkpoint.position:
+            case Position(PositionKind.AT, value):
+                next_sequence = int(value)
+            case Position(PositionKind.AFTER, value):
+                next_sequence = int(value) + 1
+            case _:
+                return False
+        hashes = self.hashes or (None,) * len(self.ids)
+        return all(
+            int(each) < next_sequence or any(_floor(vector, lane) > int(each) for vector in checkpoint.resume)
+            for each, lane in zip(self.ids, hashes, strict=True)
+        )
+
+    @staticmethod
+    def _is_over(window: Window, saved: TumblingWindow) -> bool:
+        if saved.start is None or saved.start > window.start:
+            return True
+        return window.is_early and saved.start == window.start and saved.state == NO_STATE
+
+
+def _floor(vector: tuple[int, ...], key_hash: int | None) -> int:
+    """As `flow.lane_of` picks a lane; of a key that is not known the floor of all lanes."""
+    return min(vector) if key_hash is None else vector[key_hash % len(vector)]
+
+
+def kept(notice: Notice, *, has_payload: bool) -> dict[str, Any]:
+    """What the store keeps of a discarded batch, as JSON; `parse_kept` reads it. `has_payload`: with the whole event.
+
+    A window's state is kept always: without it neither its final invocation nor a batch of it means anything.
+    """
+    document: dict[str, Any] = {
+        "record": record(notice),
+        "ids": [one.id for one in notice.records],
+        "hashes": [lane_of(one.key, _ALL_LANES) for one in notice.records],
+    }
+    if has_payload:
+        document["payload"] = event(notice)
+    if notice.window is not None:
+        document["window"] = {**notice.window._asdict(), "state": notice.window.state.decode()}
+    return document
+
+
+def parse_kept(document: MappingABC[str, Any]) -> Kept:
+    """Read it. ValueError: somebody has edited it, and what is wrong now."""
+    ids, hashes, window = document.get("ids", []), document.get("hashes", []), document.get("window")
+    if not isinstance(ids, list) or not all(isinstance(one, str) and _SEQUENCE.fullmatch(one) for one in ids):
+        raise ValueError("the ids of its store entry are not sequence numbers")
+    if not isinstance(hashes, list) or not all(isinstance(one, int) for one in hashes) or len(hashes) != len(ids):
+        hashes = []
+    whole = _payload(document)
+    return Kept(tuple(ids), tuple(hashes), None if whole is None else whole[0], _kept_window(window))
+
+
+def _kept_window(window: Any) -> Window | None:
+    if window is None:
+        return None
+    try:
+        start, end, state = float(window["start"]), float(window["end"]), _state(_json(window["state"], "state"))
+        if not (0 <= start <= end <= _END_OF_TIME and state != UNKNOWN_STATE):
+            raise ValueError  # noqa: TRY301
+        return Window(start, end, state, window["is_final"] is True, window["is_early"] is True)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError("the window of its store entry is not one") from None

@@ -5,9 +5,9 @@ import json
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,9 @@ _S3_PREFIX = "aws/lambda/"  # where Lambda, too, puts failure records
 _SUFFIX = ".json"
 _TIME = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}\.[0-9]{2}\.[0-9]{2})-[0-9a-f-]{36}\.json")
 _TIME_FORMAT = "%Y-%m-%dT%H.%M.%S"
+_UUID = "([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})"
+_S3_MAPPING = re.compile(f"(?:^|/){_S3_PREFIX}{_UUID}/")
+_FILE_MAPPING = re.compile(f"{_UUID}-")
 
 _NAME = r"(?P<name>[a-zA-Z0-9_-]{1,80}|[a-zA-Z0-9_-]{1,75}\.fifo)"
 _PARTITION = "arn:aws[a-zA-Z0-9-]*"
@@ -76,16 +79,23 @@ T = TypeVar("T")
 
 
 def open_box(
-    place: str, region: str | None, clients: AwsClients, store: CheckpointStore | None, mapping: MappingId | None
+    place: str,
+    region: str | None,
+    clients: AwsClients,
+    store: CheckpointStore | None,
+    mapping: MappingId | None,
+    *,
+    store_lock: Path | None = None,
 ) -> Box:
     """What lies at a place; needs no network. ConfigError: it is none, or one that cannot be read back.
 
     `region`: for a place that names none. `store`: needed for the place `store` only. `mapping`: only its records,
-    where that spares reading the others; what is read may be of others all the same.
+    where that spares reading the others; what is read may be of others all the same. `store_lock`: `Box.lock` of the
+    store.
     """
     if place == "store":
         assert store is not None
-        return StoreBox(store, mapping)
+        return StoreBox(store, mapping, store_lock)
     if parts := _QUEUE.fullmatch(place):
         service = Service("sqs", parts["region"], place, clients, COLD_TIMEOUT, _ATTEMPTS, READING)
         return SqsBox(service, account=parts["account"], name=parts["name"])
@@ -154,7 +164,13 @@ class _Held:
     receipt: str  # the latest; an older one may be refused
     received: float
     until: float
-    is_waiting: bool = True
+    is_left: bool = False
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)  # two changes at once could end the wrong way round
+
+    @property
+    def is_ending(self) -> bool:
+        """It is still wanted, and soon seen by others unless it is hidden anew."""
+        return not self.is_left and 0 < self.until - _now() < 2 * _KEEP_INTERVAL
 
 
 class SqsBox:
@@ -163,6 +179,8 @@ class SqsBox:
 
     A FIFO queue gives no more of a message group while some of it is held: another run reads on there.
     """
+
+    lock: Path | None = None
 
     def __init__(self, service: Service, account: str = "", name: str = "", url: str = "") -> None:
         """Known by account and name, or by its URL."""
@@ -212,33 +230,41 @@ class SqsBox:
                 yield found
 
     async def keep(self) -> None:
-        """Hide what waits again before it is seen. What that fails for lapses, and `hold` says so."""
+        """Hide it again before it is seen: what waits, and what is worked at, whose pauses may be longer than its hold.
+        What that fails for lapses, and `hold` says so.
+        """
         while True:
             await asyncio.sleep(_KEEP_INTERVAL)
-            soon = _now() + 2 * _KEEP_INTERVAL
-            waiting = [held for held in self._held.values() if held.is_waiting and _now() < held.until < soon]
-            for start in range(0, len(waiting), _RECEIVED):
-                await self._keep(waiting[start : start + _RECEIVED])
+            ending = [held for held in self._held.values() if held.is_ending]
+            for start in range(0, len(ending), _RECEIVED):
+                await self._keep(ending[start : start + _RECEIVED])
 
     async def _keep(self, ten: Sequence[_Held]) -> None:
-        now = _now()
-        with suppress(DestinationFailed):
-            if await self._show([held.receipt for held in ten], _VISIBILITY):
-                for held in ten:
-                    held.until = now + _VISIBILITY
+        async with AsyncExitStack() as locks:
+            for held in ten:
+                await locks.enter_async_context(held.changing)
+            still = [held for held in ten if held.is_ending]
+            now = _now()
+            if not still:
+                return
+            with suppress(DestinationFailed):
+                refused = await self._show([held.receipt for held in still], _VISIBILITY)
+                for index, held in enumerate(still):
+                    if index not in refused:
+                        held.until = now + _VISIBILITY
 
     def leave(self, found: Found) -> None:
         """It is seen again in time, at the latest after `close`."""
         if held := self._held.get(found.name):
-            held.is_waiting = False
+            held.is_left = True
 
     async def hold(self, found: Found, seconds: float) -> bool:
         """Hide it for so long, 12 hours from its receive at most. False: others could have received it by now."""
         held = self._held.get(found.name)
-        if held is None or held.until <= _now():
+        if held is None:
             return False
-        held.is_waiting = False
-        return await self._extend(held, seconds)
+        async with held.changing:
+            return held.until > _now() and await self._extend(held, seconds)
 
     async def remove(self, found: Found) -> None:
         """Delete it."""
@@ -284,23 +310,24 @@ class SqsBox:
 
     async def _again(self, held: _Held, receipt: str, asked: float) -> None:
         """It was received again, which may have cut a longer hold short."""
-        until = held.until
-        held.receipt, held.received, held.until = receipt, asked, asked + _VISIBILITY
-        if until > held.until:
-            await self._extend(held, until - _now())
+        async with held.changing:
+            until = held.until
+            held.receipt, held.received, held.until = receipt, asked, asked + _VISIBILITY
+            if until > held.until:
+                await self._extend(held, until - _now())
 
     async def _extend(self, held: _Held, seconds: float) -> bool:
         now = _now()
         most = _MOST_VISIBILITY - math.ceil(now - held.received)
         if (whole := min(math.ceil(seconds), most)) <= 0:
             return False
-        if not await self._show([held.receipt], whole):
+        if await self._show([held.receipt], whole):
             return False
         held.until = now + whole
         return True
 
-    async def _show(self, receipts: Sequence[str], seconds: int) -> bool:
-        """Let them be seen in so many seconds. False: some are no longer ours."""
+    async def _show(self, receipts: Sequence[str], seconds: int) -> Collection[int]:
+        """Let them be seen in so many seconds. The places of those that are no longer ours."""
         entries = [
             {"Id": str(index), "ReceiptHandle": receipt, "VisibilityTimeout": seconds}
             for index, receipt in enumerate(receipts)
@@ -309,10 +336,10 @@ class SqsBox:
 
     async def _delete(self, receipt: str) -> bool:
         entry = {"Id": "0", "ReceiptHandle": receipt}
-        return await self._change("sqs:DeleteMessage", "delete_message_batch", [entry])
+        return not await self._change("sqs:DeleteMessage", "delete_message_batch", [entry])
 
-    async def _change(self, action: str, operation: str, entries: Sequence[dict[str, Any]]) -> bool:
-        """False: some receipts were refused. A batch call even for one: it says of each whether it was done."""
+    async def _change(self, action: str, operation: str, entries: Sequence[dict[str, Any]]) -> Collection[int]:
+        """The receipts that were refused. A batch call even for one: it says of each whether it was done."""
         async with self._service.calling(action) as client:
             url = await self._queue_url()
             answer = await getattr(client, operation)(QueueUrl=url, Entries=entries)
@@ -323,11 +350,13 @@ class SqsBox:
                 error = AwsError(str(each.get("Code", "")), 200, "")
                 if not each.get("SenderFault") or not isinstance(translate(error, {}, ""), SourceUnavailable):
                     raise error
-            return not refused
+            return {int(each["Id"]) for each in refused}
 
 
 class S3Box:
     """Objects of a bucket under a prefix, in the order of their keys: by mapping, shard and time."""
+
+    lock: Path | None = None
 
     def __init__(self, service: Service, bucket: str, prefix: str) -> None:
         self.where = service.where
@@ -391,7 +420,8 @@ class S3Box:
                 if (size := answer["ContentLength"]) > _MOST_BYTES:
                     return _too_large(key, size)
                 try:
-                    return Found(key, await stream.read())
+                    of = _S3_MAPPING.search(key)
+                    return Found(key, await stream.read(), mapping=of[1] if of else "")
                 except aiohttp.ClientError:
                     raise self._service.unreadable("s3:GetObject") from None
 
@@ -401,6 +431,7 @@ class DirectoryBox:
 
     def __init__(self, directory: Path, mapping: MappingId | None) -> None:
         self.where = str(directory)
+        self.lock: Path | None = directory / ".redrive-lock"
         self._directory = directory
         self._start = f"{mapping}-" if mapping else ""
 
@@ -448,7 +479,8 @@ class StoreBox:
 
     where = "the store"
 
-    def __init__(self, store: CheckpointStore, mapping: MappingId | None) -> None:
+    def __init__(self, store: CheckpointStore, mapping: MappingId | None, lock: Path | None) -> None:
+        self.lock = lock
         self._store = store
         self._prefix = discarded_key(mapping) if mapping else "discarded/"
 
@@ -461,7 +493,7 @@ class StoreBox:
         keys = await self._store.document_keys(self._prefix)
         for key in sorted(keys, key=lambda key: (key.rpartition("/")[2], key)):
             if (document := (await self._store.documents(key)).get(key)) is not None:
-                yield Found(key, _record_of(document))
+                yield Found(key, _record_of(document), mapping=key.split("/")[1], kept=document)
 
     async def keep(self) -> None:
         """Nobody else reads from here."""
@@ -512,7 +544,10 @@ def _read_file(directory: Path, name: str) -> Found | None:
     try:
         with (directory / name).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            return _too_large(name, size) if size > _MOST_BYTES else Found(name, file.read())
+            of = _FILE_MAPPING.match(name)
+            if size > _MOST_BYTES:
+                return _too_large(name, size)
+            return Found(name, file.read(), mapping=of[1] if of else "")
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -1,19 +1,23 @@
 """What redrive works with: failure records where they lie."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """Something that lies in a box: a failure record, or not. `name` tells it from the others to a person (message id,
-    object key, file name, store key). `problem`: why the body could not be had and is empty.
+    object key, file name, store key). `problem`: why the body could not be had and is empty. `mapping`: the UUID that
+    the name tells, if any. `kept`: the store's whole entry, where it is one.
     """
 
     name: str
     body: bytes
     problem: str = ""
+    mapping: str = ""
+    kept: dict[str, Any] | None = field(default=None, compare=False)
 
 
 class Box(Protocol):
@@ -21,6 +25,10 @@ class Box(Protocol):
 
     where: str
     """For a person: the ARN, `s3://BUCKET/PREFIX`, the directory or the store."""
+    lock: Path | None
+    """The file that a run locks, so that there is one at a time; None where a place hands out each record to one (SQS)
+    or has nothing that could be locked (S3, a shared store).
+    """
 
     async def count(self) -> int | None:
         """About how many lie there, for a progress bar; None when that is not known in advance."""
@@ -33,13 +41,13 @@ class Box(Protocol):
         ...
 
     async def keep(self) -> None:
-        """Keep others from what was read and waits for `hold` or `leave`, until cancelled. A box that nobody else reads
-        from returns at once.
+        """Keep others from what was read and not left or removed, until cancelled. A box that nobody else reads from
+        returns at once.
         """
         ...
 
     def leave(self, found: Found) -> None:
-        """Nothing will be done with it in this run."""
+        """Nothing more will be done with it in this run."""
         ...
 
     async def hold(self, found: Found, seconds: float) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ _READ_TRIES = 8  # of one read that is throttled or not answered
 _MOST_EMPTY = 100  # empty reads in a row before an open shard's end is believed; DynamoDB has many, and knows no lag
 _RUN_BYTES = 16 * 1024 * 1024  # of one shard that are kept for the next batch
 _RUNS = 8  # shards of which something is kept
+_SEQUENCE = re.compile("[0-9]{1,128}")
 _MEMBERS = {SourceKind.KINESIS: ("kinesis", "sequenceNumber"), SourceKind.DYNAMODB: ("dynamodb", "SequenceNumber")}
 
 T = TypeVar("T")
@@ -39,22 +41,50 @@ class RangeTrimmed(PollerError):  # noqa: N818
 
 @dataclass(slots=True)
 class _Run:
-    """Records of a shard that follow each other without a gap, and where reading goes on. `next`: None at the end."""
+    """The last records of a shard that were read, without a gap, and where reading goes on. `next`: None at the end."""
 
     next: str | None
     records: list[Record] = field(default_factory=list)
+    last: str = ""  # of all that were read
     is_over: bool = False  # nothing came any more: the tip, or the end of the shard
-
     nbytes: int = 0
 
-    def take_in(self, fetch: Fetch) -> None:
+    def take_in(self, fetch: Fetch, start: int) -> None:
+        """Beyond `_RUN_BYTES` the oldest go, those before `start` first and all at once."""
         self.records += fetch.records
         self.nbytes += sum(len(record.wire) for record in fetch.records)
         self.next = fetch.next_iterator
+        if fetch.records:
+            self.last = fetch.records[-1].id
+        if self.nbytes > _RUN_BYTES:
+            self._drop(_place(self.records, start))
+            count, left = 0, self.nbytes
+            while left > _RUN_BYTES:
+                left -= len(self.records[count].wire)
+                count += 1
+            self._drop(count)
 
-    def drop(self, count: int) -> None:
+    def _drop(self, count: int) -> None:
         self.nbytes -= sum(len(record.wire) for record in self.records[:count])
         del self.records[:count]
+
+
+@dataclass(slots=True)
+class _Range:
+    """What was read of a range: the records that are wanted, and of all of them the ends and how many."""
+
+    wanted: Callable[[Record], bool]
+    found: list[Record] = field(default_factory=list)
+    count: int = 0
+    first: str = ""
+    last: str = ""
+
+    def take_in(self, records: Sequence[Record]) -> None:
+        if records:
+            self.first = self.first or records[0].id
+            self.last = records[-1].id
+            self.count += len(records)
+            self.found += filter(self.wanted, records)
 
 
 class Refetcher:
@@ -88,43 +118,45 @@ class Refetcher:
         for now.
         """
         try:
-            records = await self._range(shard, Position(PositionKind.AT, start), int(start), int(end))
+            read = await self._range(shard, Position(PositionKind.AT, start), int(start), int(end), wanted)
         except SourceGone as error:
             raise RangeTrimmed(f"the shard has left the stream, and all of the batch with it ({error})", ()) from None
         except PositionTrimmed:
             try:
-                records = await self._range(shard, TRIM_HORIZON, int(start), int(end))
+                read = await self._range(shard, TRIM_HORIZON, int(start), int(end), wanted)
             except (SourceGone, PositionTrimmed):
-                records = []
-        found = [record for record in records if wanted(record)]
+                read = _Range(wanted)
+        found = read.found
         if missing := len(set(needed) - {record.id for record in found}):
             which = "all its records" if missing == len(needed) else f"{missing} of its {len(needed)} records"
             raise RangeTrimmed(f"{which} have been trimmed from the stream", found)
-        if not needed and (not records or records[0].id != start):
-            which = "its first records" if records else "all its records"
+        if not needed and read.first != start:
+            which = "its first records" if read.count else "all its records"
             raise RangeTrimmed(f"{which} have been trimmed from the stream", found)
-        if not needed and (records[-1].id != end or len(records) < least):
-            which = "some of its records" if records[-1].id == end else "its last records"
+        if not needed and (read.last != end or read.count < least):
+            which = "some of its records" if read.last == end else "its last records"
             raise RangeTrimmed(f"{which} are not in the stream", found)
         return found
 
-    async def _range(self, shard: ShardId, at: Position, start: int, end: int) -> list[Record]:
+    async def _range(
+        self, shard: ShardId, at: Position, start: int, end: int, wanted: Callable[[Record], bool]
+    ) -> _Range:
+        """Only what is wanted is kept of it: a range may be much longer than its batch."""
         run = self._runs.pop(shard, None)
         if run is None or at == TRIM_HORIZON or not _has(run.records, start):
             run = _Run(await self._tried(lambda: self._source.iterator(shard, at)))
-        while not run.is_over and not (run.records and int(run.records[-1].id) >= end):
-            await self._extend(shard, run, at)
-        found = run.records[_place(run.records, start) : bisect_right(run.records, end, key=_number)]
-        if run.nbytes > _RUN_BYTES:
-            run.drop(_place(run.records, start))
+        found = _Range(wanted)
+        found.take_in(_between(run.records, start, end))
+        while not run.is_over and not (run.last and int(run.last) >= end):
+            found.take_in(_between(await self._extend(shard, run, at, start), start, end))
         run.is_over = run.next is None  # a tip may have moved when the next batch is asked for
         self._runs[shard] = run
         if len(self._runs) > _RUNS:
             del self._runs[next(iter(self._runs))]
         return found
 
-    async def _extend(self, shard: ShardId, run: _Run, at: Position) -> None:
-        """Read on until something comes, or nothing will."""
+    async def _extend(self, shard: ShardId, run: _Run, at: Position, start: int) -> Sequence[Record]:
+        """Read on until something comes, which is answered, or nothing will."""
         for _ in range(_MOST_EMPTY):
             if run.next is None:
                 break
@@ -132,16 +164,17 @@ class Refetcher:
             try:
                 fetch = await self._tried(lambda: self._source.fetch(shard, token, self._traits.fetch_limit))  # noqa: B023
             except IteratorExpired:
-                last = Position(PositionKind.AFTER, run.records[-1].id) if run.records else at
+                last = Position(PositionKind.AFTER, run.last) if run.last else at
                 run.next = await self._tried(lambda: self._source.iterator(shard, last))  # noqa: B023
                 continue
-            run.take_in(fetch)
+            run.take_in(fetch, start)
             if fetch.read:
-                return
+                return fetch.records
             if fetch.lag == 0:
                 break
             await asyncio.sleep(self._traits.tip_interval)
         run.is_over = True
+        return ()
 
     async def _tried(self, call: Callable[[], Awaitable[T]]) -> T:
         """Throttles and lost answers are waited out, for a while."""
@@ -165,6 +198,10 @@ def _place(records: Sequence[Record], sequence: int) -> int:
     return bisect_left(records, sequence, key=_number)
 
 
+def _between(records: Sequence[Record], start: int, end: int) -> Sequence[Record]:
+    return records[_place(records, start) : bisect_right(records, end, key=_number)]
+
+
 def _has(records: Sequence[Record], sequence: int) -> bool:
     place = _place(records, sequence)
     return place < len(records) and int(records[place].id) == sequence
@@ -173,15 +210,19 @@ def _has(records: Sequence[Record], sequence: int) -> bool:
 def records_of(event: bytes, kind: SourceKind) -> list[Record]:
     """The records of a whole event, by their sequence numbers only: they name the batch and its failed items.
 
-    ValueError: the event is of another source.
+    ValueError: the event is of another source, or of none.
     """
     member, name = _MEMBERS[kind]
     records = []
-    for item in json.loads(event)["Records"]:
+    try:
+        items = json.loads(event)["Records"]
+    except RecursionError:
+        raise ValueError("its payload is nested too deeply") from None
+    for item in items:
         part = item.get(member) if isinstance(item, dict) else None
         sequence = part.get(name) if isinstance(part, dict) else None
-        if not isinstance(sequence, str):
-            raise ValueError(f"its payload has a record without {member}.{name}")  # noqa: TRY004
+        if not isinstance(sequence, str) or _SEQUENCE.fullmatch(sequence) is None:
+            raise ValueError(f"its payload has a record without {member}.{name}")
         records.append(Record(sequence, "", 0.0, b""))
     return records
 

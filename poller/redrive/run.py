@@ -1,13 +1,16 @@
 """Read failure records from a box, deliver their batches, remove what succeeded."""
 
 import asyncio
+import os
 import random
 import signal
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from poller.aws.session import AwsClients
@@ -19,28 +22,33 @@ from poller.core.model import (
     Delivered,
     Invocation,
     Mapping,
+    MappingId,
     Outcome,
     Partial,
     Record,
     Reply,
+    Row,
+    ShardId,
     SourceSpec,
     Throttled,
+    Window,
 )
-from poller.core.notices import FailureRecord, identity_of, parse
+from poller.core.notices import UNKNOWN_STATE, FailureRecord, Kept, identity_of, parse, parse_kept
 from poller.core.replies import WINDOW_BYTES, idempotency_key, judge, payload, window_tail
 from poller.core.retry import Backoff
 from poller.errors import PollerError, StoreUnavailable
 from poller.mappings import find_mapping, parse_source, resolve_function
 from poller.ports import CheckpointStore, Target
 from poller.redrive.boxes import find_kept, open_box
+from poller.redrive.lock import locked
 from poller.redrive.model import Box, Found
 from poller.redrive.refetch import RangeTrimmed, Refetcher, pieces, records_of
 from poller.redrive.show import Summary, Teller
 from poller.runtime.gate import Gate
 from poller.runtime.invoke import new_request_id
-from poller.settings import FunctionSettings, Settings
+from poller.settings import FunctionSettings, Settings, StoreSettings
 from poller.sources import Sources, traits
-from poller.stores.sqlite import SqliteStore
+from poller.stores import open_store
 from poller.targets import open_target
 from poller.telemetry import Metrics
 
@@ -49,6 +57,7 @@ _REMOVE_TRIES = 4
 _HOLD_MARGIN = 60.0  # seconds that a batch is held beyond its invocation's timeout
 _AHEAD = 10  # batches that wait for a worker
 _MOST_RECORDS = 10_000  # of one invocation, where the batch does not say
+_NOTHING = Kept()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +89,22 @@ class _Letter:
     record: FailureRecord
     source: SourceSpec
     mapping: Mapping | None
+    uuid: MappingId = ""  # of the mapping, known here or not
     key: str = ""  # of the store's entry
-    ids: tuple[str, ...] = ()  # of its records, as the store kept them
-    payload: bytes | None = None
+    kept: Kept = _NOTHING  # what that says
+    is_pending: bool = False  # the daemon is not done with it
+
+    @property
+    def payload(self) -> bytes | None:
+        """The whole event."""
+        return self.record.payload if self.record.payload is not None else self.kept.payload
+
+    @property
+    def window(self) -> Window | None:
+        """That of the last invocation, with its state if anybody knows it."""
+        if self.record.window is not None and self.record.window.state == UNKNOWN_STATE:
+            return self.kept.window or self.record.window
+        return self.record.window
 
 
 class _Function:
@@ -133,6 +155,7 @@ class Redrive:
         self._readers: dict[tuple[str, str], Refetcher] = {}
         self._functions: dict[tuple[FunctionSettings, str], _Function] = {}
         self._rate = Gate(None, options.rate)
+        self._rows: dict[MappingId, dict[ShardId, Row]] = {}
         self._stopped = asyncio.Event()
 
     def stop(self) -> None:
@@ -189,7 +212,9 @@ class Redrive:
                 continue
             missing.discard(letter.record.request_id)
             if self._options.listing:
-                self._tell.listed(letter.found.name, letter.record, letter.mapping, _holds(letter))
+                self._tell.listed(
+                    letter.found.name, letter.record, letter.mapping, _holds(letter), is_pending=letter.is_pending
+                )
                 self.summary.listed += 1
                 self._box.leave(found)
             else:
@@ -215,10 +240,7 @@ class Redrive:
         """None: it is not one of those that were asked for."""
         options = self._options
         try:
-            if found.problem:
-                raise ValueError(found.problem)  # noqa: TRY301
-            record = parse(found.body)
-            source = parse_source(record.stream_arn)
+            record, source = read(found)
         except ValueError as error:
             if not (options.mapping or options.requests):
                 self.summary.count("unreadable")
@@ -226,29 +248,68 @@ class Redrive:
             return None
         if options.requests and record.request_id not in options.requests:
             return None
-        mapping = self._mapping_of(record)
-        if options.mapping and (mapping is None or mapping.id != options.mapping):
+        uuids = self._candidates(found, record)
+        uuid, key, document = await self._kept(found, record, uuids)
+        try:
+            kept = parse_kept(document) if document is not None else _NOTHING
+        except ValueError as error:
+            self._tell.note(found.name, record, f"{error}, so it is not used")
+            kept, document = _NOTHING, None
+        mapping = next((one for one, _ in self._known if one.id == uuid and one.source.kind is record.kind), None)
+        if options.mapping and uuid != options.mapping:
             return None
-        key, kept = await self._kept(record, mapping)
-        return _Letter(
-            found, record, source, mapping, key, tuple(kept.get("ids", ())), _payload(record, kept.get("payload"))
-        )
+        is_pending = document is not None and not await self._is_settled(uuid, record.shard, kept)
+        return _Letter(found, record, source, mapping, uuid, key, kept, is_pending)
 
-    def _mapping_of(self, record: FailureRecord) -> Mapping | None:
-        for mapping, _ in self._known:
-            if (mapping.source.arn, mapping.function.arn) == (record.stream_arn, record.function_arn):
-                return mapping
-        return None
+    def _candidates(self, found: Found, record: FailureRecord) -> list[MappingId]:
+        """The mappings whose batch it may be, the likeliest first: the one in its name, the one of its function, then
+        those of its stream, which may have had that function before.
+        """
+        stream = record.stream_arn.partition("/consumer/")[0]
+        near = [mapping for mapping, _ in self._known if mapping.source.arn.partition("/consumer/")[0] == stream]
+        exact = [
+            mapping.id
+            for mapping in near
+            if (mapping.source.arn, mapping.function.arn) == (record.stream_arn, record.function_arn)
+        ]
+        known = {mapping.id for mapping, _ in self._known}
+        named = [found.mapping] if found.mapping in known or (found.mapping and not exact) else []
+        return list(dict.fromkeys((*named, *exact, *(mapping.id for mapping in near))))
 
-    async def _kept(self, record: FailureRecord, mapping: Mapping | None) -> tuple[str, dict[str, Any]]:
-        """What the store remembers of the batch; nothing of what Lambda itself discarded."""
-        if self._store is None or mapping is None:
-            return "", {}
-        identity = identity_of(mapping.id, record.shard, record.request_id, record.condition, record.start, record.end)
-        return await find_kept(self._store, mapping.id, record.at, identity) or ("", {})
+    async def _kept(
+        self, found: Found, record: FailureRecord, uuids: Sequence[MappingId]
+    ) -> tuple[MappingId, str, dict[str, Any] | None]:
+        """The mapping, and what the store remembers of the batch: nothing of what Lambda itself discarded."""
+        if found.kept is not None:
+            return found.mapping, found.name, found.kept
+        for uuid in uuids if self._store is not None else ():
+            assert self._store is not None
+            identity = identity_of(uuid, record.shard, record.request_id, record.condition, record.start, record.end)
+            if (entry := await find_kept(self._store, uuid, record.at, identity)) is not None:
+                return uuid, *entry
+        is_sure = uuids and (uuids[0] == found.mapping or self._is_exact(uuids[0], record))
+        return (uuids[0] if is_sure else ""), "", None
+
+    def _is_exact(self, uuid: MappingId, record: FailureRecord) -> bool:
+        whole = (uuid, record.stream_arn, record.function_arn)
+        return any(whole == (mapping.id, mapping.source.arn, mapping.function.arn) for mapping, _ in self._known)
+
+    async def _is_settled(self, uuid: MappingId, shard: ShardId, kept: Kept) -> bool:
+        """Is the daemon done with it: will it neither report nor deliver it (again) itself? Its position says so."""
+        assert self._store is not None
+        for is_fresh in (False, True):
+            if is_fresh or uuid not in self._rows:
+                self._rows[uuid] = await self._store.load(uuid)
+            row = self._rows[uuid].get(shard)
+            if row is None or kept.is_settled(row.checkpoint):
+                return True
+        return False
 
     async def _redrive(self, letter: _Letter) -> None:
         """Deliver a batch and remove its record. _Undelivered: it stays."""
+        if letter.is_pending:
+            text = "the daemon is not done with it: it reports or delivers it again itself, once it runs"
+            raise _Undelivered("pending", text)
         function = self._function(letter)
         events = await self._events(letter)
         count = sum(len(records) for records, _ in events)
@@ -256,6 +317,9 @@ class Redrive:
             self.summary.batch("would be delivered", count)
             self._tell.would(letter.found.name, letter.record, function.name, count)
             return
+        if letter.window is not None and not letter.window.is_final:
+            text = "the state that its function answers goes nowhere: its window went on without the batch"
+            self._tell.note(letter.found.name, letter.record, text)
         for records, body in events:
             await self._deliver(letter, function, records, body)
         await self._remove(letter)
@@ -282,10 +346,14 @@ class Redrive:
                 return [(records_of(letter.payload, record.kind), letter.payload)]
             except ValueError as error:
                 raise _Undelivered("unreadable", str(error)) from None
+        window = letter.window
+        if window is not None and window.state == UNKNOWN_STATE:
+            text = "its window's state is not known; it is only in a payload or the daemon's store"
+            raise _Undelivered("stateless", text)
         records = await self._again(letter) if record.count else []
-        window = record.window
         tail = window_tail(window, record.shard, record.stream_arn) if window else b"]}"
         room = MAX_PAYLOAD_BYTES - (WINDOW_BYTES if window else 0)
+        room -= len(window.state) if window else 0
         batch = letter.mapping.batch.size if letter.mapping else 0
         most = min(_MOST_RECORDS, max(record.count, batch))
         parts = list(pieces(records, most, room)) or [()]
@@ -294,32 +362,26 @@ class Redrive:
     async def _again(self, letter: _Letter) -> list[Record]:
         """Its records, from the stream."""
         record, mapping = letter.record, letter.mapping
-        ids = frozenset(letter.ids)
-        matches = compile_filter(mapping.filters, mapping.source.kind) if mapping and not ids else None
-        reader = self._reader(letter)
+        ids = frozenset(letter.kept.ids)
+        wanted: Callable[[Record], bool] = lambda one: one.id in ids  # noqa: E731
+        if not ids:
+            matches = compile_filter(mapping.filters, mapping.source.kind) if mapping else None
+            wanted = matches.matches if matches else _all
+        fetch = partial(self._reader(letter).fetch, record.shard, record.start, record.end)
         try:
-            everything = await reader.fetch(
-                record.shard,
-                record.start,
-                record.end,
-                lambda one: not ids or one.id in ids,
-                ids,
-                least=record.count,
-            )
+            records = await fetch(wanted, ids, least=record.count)
+            if len(records) < record.count and not ids:
+                text = "the filter has changed since, so the whole range is delivered"
+                self._tell.note(letter.found.name, record, text)
+                records = await fetch(_all, least=record.count)
         except RangeTrimmed as error:
-            records = [one for one in error.left if matches is None or matches.matches(one)]
+            records = list(error.left)
             if not (self._options.partial and records):
                 hint = f"; --partial delivers the {len(records)} that are left" if records else ""
                 raise _Undelivered("trimmed", f"{error}{hint}") from None
             self._tell.note(letter.found.name, record, f"{error}; the {len(records)} that are left are delivered")
         except PollerError as error:
             raise _Undelivered("failed", f"its records cannot be read from the stream: {error}") from None
-        else:
-            records = [one for one in everything if matches is None or matches.matches(one)]
-            if len(records) < record.count:
-                text = "the filter has changed since, so the whole range is delivered"
-                self._tell.note(letter.found.name, record, text)
-                records = everything
         if ids:
             return records
         if (more := len(records) - record.count) > 0:
@@ -334,7 +396,9 @@ class Redrive:
 
     def _reader(self, letter: _Letter) -> Refetcher:
         source = letter.source
-        role = letter.mapping.function.role if letter.mapping else _role(letter.record.function_arn)
+        function_arn = letter.record.function_arn
+        is_of_mapping = letter.mapping is not None and letter.mapping.function.arn == function_arn
+        role = letter.mapping.function.role if letter.mapping and is_of_mapping else _role(function_arn)
         key = (source.arn, role)
         if key not in self._readers:
             facts = traits(parse_source(source.arn.partition("/consumer/")[0]))
@@ -344,9 +408,8 @@ class Redrive:
 
     async def _deliver(self, letter: _Letter, function: _Function, records: Sequence[Record], body: bytes) -> None:
         """Invoke until there is an answer that is no throttle."""
-        record, mapping = letter.record, letter.mapping
-        uuid = mapping.id if mapping else ""
-        key = idempotency_key(uuid, record.stream_arn, records, record.shard, record.window)
+        record, uuid = letter.record, letter.uuid
+        key = idempotency_key(uuid, record.stream_arn, records, record.shard, letter.window)
         tries = 0
         while True:
             async with self._rate, function.gate:
@@ -375,7 +438,7 @@ class Redrive:
         """As the mapping would. Of a function whose mapping is not known here, an answer that names failures counts:
         passed over, its records would be lost.
         """
-        mapping, window = letter.mapping, letter.record.window
+        mapping, window = letter.mapping, letter.window
         reports = mapping.retry.report_failures if mapping else b'"batchItemFailures"' in reply.body
         return judge(reply, records, report_failures=reports, ordered=True, window=window)
 
@@ -409,17 +472,29 @@ class Redrive:
                 await self._store.delete_document(letter.key)
 
 
-def _payload(record: FailureRecord, kept: Any) -> bytes | None:
-    if record.payload is not None:
-        return record.payload
-    return kept.encode() if isinstance(kept, str) else None
+def read(found: Found) -> tuple[FailureRecord, SourceSpec]:
+    """The failure record, and the stream that it is of. ValueError: a sentence that says why it is none."""
+    if found.problem:
+        raise ValueError(found.problem)
+    record = parse(found.body)
+    try:
+        source = parse_source(record.stream_arn)
+    except ValueError as error:
+        raise ValueError(f"its streamArn {error}") from None
+    if source.kind is not record.kind:
+        raise ValueError(f"its streamArn is of {source.kind}, but its batch is of {record.kind}")
+    return record, source
+
+
+def _all(_: Record) -> bool:
+    return True
 
 
 def _holds(letter: _Letter) -> str:
     """Where the batch's records will come from."""
     if letter.payload is not None:
         return "payload"
-    return "record ids" if letter.ids else "range"
+    return "record ids" if letter.kept.ids else "range"
 
 
 def _role(function_arn: str) -> str:
@@ -441,9 +516,14 @@ async def _run(settings: Settings, options: Options) -> bool:
         if options.mapping:
             names = [(mapping.id, mapping.function.name) for mapping, _ in known]
             options = replace(options, mapping=find_mapping(options.mapping, names))
-        box = open_box(options.place, settings.aws.region, clients, store, options.mapping or None)
+        lock = _store_lock(settings)
+        box = open_box(options.place, settings.aws.region, clients, store, options.mapping or None, store_lock=lock)
         stack.push_async_callback(box.close)
-        teller = Teller(await box.count(), as_json=options.as_json, has_bar=not (options.listing or options.dry))
+        count = await box.count()
+        is_looking = options.listing or options.dry
+        if box.lock is not None and not is_looking:
+            stack.enter_context(locked(box.lock, box.where))
+        teller = Teller(count, as_json=options.as_json, has_bar=not is_looking)
         stack.callback(teller.close)
         work = Redrive(settings, options, box=box, clients=clients, store=store, known=known, teller=teller)
         loop, main = asyncio.get_running_loop(), asyncio.current_task()
@@ -473,16 +553,21 @@ async def _run(settings: Settings, options: Options) -> bool:
     return not (work.summary.stay or work.is_stopped)
 
 
+def _store_lock(settings: Settings) -> Path | None:
+    """Beside the store's file, the same by whatever name that is known; a shared store has none."""
+    if not isinstance(settings.store, StoreSettings):
+        return None
+    return Path(f"{os.path.realpath(settings.store.path)}-redrive-lock")
+
+
 async def _open_store(settings: Settings, options: Options, stack: AsyncExitStack) -> CheckpointStore | None:
     """The daemon's own store, beside the daemon. Needed for `store` only; it knows which records were in a batch."""
     metrics = Metrics(SystemClock(asyncio.get_running_loop()), list)
     try:
-        store = await SqliteStore.open(settings.store.path, metrics.store_observer(), exclusive=False)
+        return await open_store(settings, metrics.store_observer(), stack, exclusive=False)
     except PollerError as error:
         if options.place == "store":
             raise
         text = f"going on without the store, whole ranges are delivered where a record has no payload: {error}"
         print(text, file=sys.stderr)
         return None
-    stack.push_async_callback(store.close)
-    return store

@@ -15,6 +15,8 @@ from poller.core.notices import FailureRecord
 _STAY = {
     "failed": "failed",
     "trimmed": "trimmed from the stream",
+    "stateless": "of a tumbling window whose state is not known",
+    "pending": "not yet given up by the daemon",
     "unreadable": "no failure record that can be read",
     "unremoved": "delivered but not removed",
     "elsewhere": "taken by somebody else",
@@ -66,12 +68,17 @@ class Teller:
         """One more was read from the box."""
         self._bar.update()
 
-    def listed(self, name: str, record: FailureRecord, mapping: Mapping | None, holds: str) -> None:
-        """One line of `--list`."""
-        function = mapping.function.name if mapping else record.function_arn
+    def listed(
+        self, name: str, record: FailureRecord, mapping: Mapping | None, holds: str, *, is_pending: bool = False
+    ) -> None:
+        """One line of `--list`. `is_pending`: the daemon is not done with it, so it is not redriven yet."""
+        is_of_mapping = mapping is not None and mapping.function.arn == record.function_arn
+        function = mapping.function.name if mapping and is_of_mapping else record.function_arn
         if self._as_json:
-            self._out(json.dumps(_document(name, record, mapping, holds)))
+            self._out(json.dumps({**_document(name, record, mapping, holds), "pending": is_pending}))
             return
+        if is_pending:
+            holds += ", not yet given up by the daemon"
         extent = f"{record.start}..{record.end}" if record.count else "the final invocation of a window"
         self._out(
             f"{_instant(record.at)}  {record.condition}  {_number(record.attempts, 'attempt', 'attempts')}  "

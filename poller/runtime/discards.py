@@ -1,6 +1,7 @@
 """What becomes of a discarded batch: kept in the store for redrive, reported to the failure destination."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -21,6 +22,15 @@ _PRUNE_EVERY = 100
 def discarded_key(mapping: MappingId, at: float | None = None, unique: str = "") -> str:
     """The store's key of a discarded batch, in the order of time; without `at` how all keys of a mapping begin."""
     return f"discarded/{mapping}/" + ("" if at is None else f"{round(at * 1000):013d}-{unique}")
+
+
+@dataclass(slots=True)
+class _Report:
+    """A report on its way, and what the store's entry has of it."""
+
+    notice: Notice
+    is_kept: bool = False
+    has_payload: bool = False
 
 
 class Discards:
@@ -55,10 +65,11 @@ class Discards:
             response=last.response if last else None,
             window=discard.window,
         )
+        report = _Report(notice)
         tries = 0
         while True:
             try:
-                await self._report(discard.lane, notice)
+                await self._report(discard.lane, report)
                 break
             except (DestinationFailed, StoreUnavailable) as error:
                 tries += 1
@@ -82,17 +93,18 @@ class Discards:
             **extent(discard.records),
         )
 
-    async def _report(self, lane: int, notice: Notice) -> None:
+    async def _report(self, lane: int, report: _Report) -> None:
         """Return when the report is safe. DestinationFailed, StoreUnavailable: it is not.
 
         The store comes first: `redrive` finds there which records of the failure record's range were meant, and the
         payload that did not fit into it. A crash in between leaves an entry without a record, never the reverse.
+        Written once: a `redrive` removes the entry, and a later try must not bring it back.
         """
-        destination, observer = self.pipe.destination, self.pipe.observer
+        notice, destination, observer = report.notice, self.pipe.destination, self.pipe.observer
         made = notices.report(notice, destination.limit) if destination else None
         self.reporting.add(lane)
         try:
-            await self._keep(notice, has_payload=made is not None and made.is_kept_in_store)
+            await self._keep(report, has_payload=made is not None and made.is_kept_in_store)
             if destination is None or made is None:
                 observer.dropped(len(notice.records))
                 return
@@ -104,12 +116,14 @@ class Discards:
         finally:
             self.reporting.discard(lane)
 
-    async def _keep(self, notice: Notice, *, has_payload: bool) -> None:
-        document = {"record": notices.record(notice), "ids": [record.id for record in notice.records]}
-        if has_payload:
-            document["payload"] = notices.event(notice)
+    async def _keep(self, report: _Report, *, has_payload: bool) -> None:
+        """Once, and again only when the destination has said since that it does not take the payload."""
+        if report.is_kept and (report.has_payload or not has_payload):
+            return
+        notice = report.notice
         key = discarded_key(notice.mapping.id, notice.at, notices.identity(notice))
-        await self._context.store.put_document(key, document)
+        await self._context.store.put_document(key, notices.kept(notice, has_payload=has_payload))
+        report.is_kept, report.has_payload = True, has_payload
         self._kept += 1
         if self._kept % _PRUNE_EVERY == 0:
             await self._context.store.prune_documents(discarded_key(notice.mapping.id), MOST_KEPT)

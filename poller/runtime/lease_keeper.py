@@ -3,7 +3,8 @@
           beat written                 fence passed: no beat got through in time
 STARTING -------------> BEATING --------------------------------------> FENCED
                            ^                                              | everything held is given up as lost
-                           +------------------ beat written --------------+
+                               |                                              | and the name: whoever may be called dead
+                               +------- beat written under a new name --------+ never comes back to life
 """
 
 import asyncio
@@ -28,10 +29,10 @@ _LOOKS = 5  # in a duration, at the rows of each mapping
 
 
 class LeaseKeeper:
-    """`alone`: nobody else can use the store (SQLite under one process): no beats, and whoever owned a lease is dead.
+    """`me` is the name of this member, another one after it was fenced. `alone`: nobody else can use the store (SQLite
+    under one process): no beats, and whoever owned a lease is dead.
 
-    `live`: members that are seen to beat, this one included, in order. `changed` is set, and cleared by nobody, each
-    time that list changes: take a new one from `watch`.
+    `live`: members that are seen to beat, this one included, in order.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class LeaseKeeper:
         info: Mapping[str, object] | None = None,
     ) -> None:
         self.me = me
+        self._name, self._lives = me, 1
+        self._dead: set[str] = set()  # names that this member had
         self.live: Sequence[str] = (me,)
         self.members: Mapping[str, Member] = {}
         self.look_interval = inf if alone else duration / _LOOKS
@@ -94,8 +97,11 @@ class LeaseKeeper:
             try:
                 # A reply that is slow is no reply: the fence counts from before the call was sent.
                 async with asyncio.timeout_at(self._clock.loop(sent + self._duration / _BEATS)):
-                    await self._store.beat(Member(self.me, self._beat + 1, self._info))
+                    me = self.me
+                    await self._store.beat(Member(me, self._beat + 1, self._info))
                     self._beat += 1
+                    if me != self.me:
+                        continue  # fenced meanwhile: the old name has beaten
                     self._fence = sent + self._duration * (1 - leasing.MARGIN)
                     await self._look()
             except (StoreUnavailable, TimeoutError) as error:
@@ -111,7 +117,7 @@ class LeaseKeeper:
         self.members = await self._store.members()
         now = self._clock.now()
         self._sightings.saw({name: member.beat for name, member in self.members.items()}, now)
-        alive = self._sightings.live(self.members, now)
+        alive = [name for name in self._sightings.live(self.members, now) if name not in self._dead]
         live = sorted({*(name for name in alive if not self.members[name].info.get("leaving")), self.me})
         if live != list(self.live):
             _log.info("members_changed", members=len(live), live=live, was=list(self.live))
@@ -128,6 +134,11 @@ class LeaseKeeper:
             _log.error("leases_fenced", meaning="no beat got through in time: others may take what was held here")
             for lose in list(self._lost):
                 lose()
+            # The others may call the old name dead until they see its next beat. Under it they would take what was
+            # handed to us in between.
+            self._dead.add(self.me)
+            self._lives += 1
+            self.me = f"{self._name}.{self._lives}"
             while self.is_fenced:
                 await sleep_until(self._clock, self._clock.now() + self._duration / _BEATS)
 
@@ -200,7 +211,7 @@ class LeaseKeeper:
 
     def is_live(self, member: str | None) -> bool:
         """Is it another member that is alive?"""
-        if member is None or member == self.me or self.is_alone:
+        if member is None or member == self.me or member in self._dead or self.is_alone:
             return False
         return self._sightings.is_live(member, self._clock.now())
 

@@ -183,6 +183,18 @@ class StreamRunner:
         async with asyncio.TaskGroup() as tasks:
             for worker in self._workers.values():  # cut off: the last write belongs to the parent, not to the task
                 tasks.create_task(self._release(worker, worker.checkpoint()))
+        if not self._leases.is_alone:
+            await self._pass_on()
+
+    async def _pass_on(self) -> None:
+        """Give up what was handed over to us while we stopped; if that fails, the others find out in time."""
+        store, mapping, me = self._context.store, self._mapping.id, self._leases.me
+        try:
+            for row in (await store.load(mapping)).values():
+                if row.owner == me and row.shard not in self._leases.at_work(mapping):
+                    await store.release(Lease(mapping, row.shard, me, row.token), None)
+        except StoreUnavailable as error:
+            self._log(_log.warning, "leases_not_passed_on", error=str(error))
 
     # --- discovery
 

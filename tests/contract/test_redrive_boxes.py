@@ -51,11 +51,8 @@ def at(number: int, mapping: str = MAPPING) -> Notice:
 
 async def keep(store: CheckpointStore, notice: Notice, *, has_payload: bool = False) -> str:
     """As `runtime.discards` does."""
-    document = {"record": notices.record(notice), "ids": [record.id for record in notice.records]}
-    if has_payload:
-        document["payload"] = notices.event(notice)
     key = discarded_key(notice.mapping.id, notice.at, notices.identity(notice))
-    await store.put_document(key, document)
+    await store.put_document(key, notices.kept(notice, has_payload=has_payload))
     return key
 
 
@@ -195,6 +192,13 @@ class TestEveryBox:
         box = rig.open(rig.missing)
         with pytest.raises(PollerError, match=r"gone.*(does not exist|is not there)"):
             await everything(box)
+        await box.close()
+
+    async def test_whose_it_is(self, rig: Rig) -> None:
+        """The name says the mapping's UUID, but for a message's."""
+        await rig.put(at(1, OTHER))
+        [found] = await everything(box := rig.open())
+        assert found.mapping == ("" if rig.kind == "sqs" else OTHER)
         await box.close()
 
     async def test_what_is_no_failure_record_is_handed_out(self, rig: Rig) -> None:
@@ -341,6 +345,70 @@ class TestQueue:
         most, least = (each["VisibilityTimeout"] for each in entries(stub, CHANGE))
         assert 43_190 < most < 43_200
         assert least == 1
+
+    async def test_what_is_worked_at_is_kept(
+        self,
+        queue: Box,
+        stub: Stub,  # noqa: F811
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Hidden anew before its hold ends: a pause between two tries may be longer than that. What was left is not; one
+        refusal says nothing of the others.
+        """
+        monkeypatch.setattr(boxes, "_KEEP_INTERVAL", 0.001)
+        monkeypatch.setattr(boxes, "_now", lambda: 100.0)
+        refusal = {"Id": "0", "Code": "ReceiptHandleIsInvalid", "SenderFault": True}
+        stub.script = {RECEIVE: [received(("a", "a"), ("b", "b"), ("c", "c")), {}]}
+        stub.script[CHANGE] = [changed(), {"Successful": [{"Id": "1"}], "Failed": [refusal]}, changed()]
+        waiting, working, left = await everything(queue)
+        assert await queue.hold(working, 900)
+        queue.leave(left)
+        held: Any = queue
+        for each in held._held.values():
+            each.until = 100.001
+        task = asyncio.ensure_future(queue.keep())
+        async with asyncio.timeout(5):
+            while len(stub.asked(CHANGE)) < 3 or held._held[waiting.name].until < 101:
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        task.cancel()
+        _, first, second = stub.asked(CHANGE)
+        assert [each["ReceiptHandle"] for each in first["Entries"]] == ["a", "b"]
+        assert [each["ReceiptHandle"] for each in second["Entries"]] == ["a"]
+        assert held._held[left.name].until == 100.001
+
+    async def test_changes_of_a_message_do_not_overtake_each_other(
+        self,
+        queue: Box,
+        stub: Stub,  # noqa: F811
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A hold waits for a short extension under way: that would end it early if it arrived last."""
+        monkeypatch.setattr(boxes, "_KEEP_INTERVAL", 0.001)
+        stub.script = {RECEIVE: [received(("a", "a")), {}], CHANGE: [changed()]}
+        [found] = await everything(queue)
+        box: Any = queue
+        box._held["a"].until = boxes._now() + 1000
+        shown: list[int] = []
+        is_under_way, may_end = asyncio.Event(), asyncio.Event()
+
+        async def slow(_: Any, seconds: int) -> set[int]:
+            if seconds == boxes._VISIBILITY:
+                is_under_way.set()
+                await may_end.wait()
+            shown.append(seconds)
+            return set()
+
+        monkeypatch.setattr(box, "_show", slow)
+        monkeypatch.setattr(boxes._Held, "is_ending", True)
+        keeping = asyncio.ensure_future(box._keep([box._held["a"]]))
+        await is_under_way.wait()
+        holding = asyncio.ensure_future(queue.hold(found, 900))
+        await asyncio.sleep(0.01)
+        may_end.set()
+        assert await holding
+        await keeping
+        assert shown == [120, 900]
 
     async def test_a_delete_that_is_refused(self, queue: Box, stub: Stub) -> None:  # noqa: F811
         """The record is still there, so it is an error; and it is given back."""
@@ -652,6 +720,13 @@ def store_box(clients: AwsClients, store: MemoryStore) -> Box:
 
 
 class TestStore:
+    async def test_an_entry_names_its_mapping(self, idle: AwsClients) -> None:
+        """And is handed out whole: its function may not be the mapping's any more."""
+        store = MemoryStore()
+        key = await keep(store, at(1, OTHER))
+        [found] = await everything(store_box(idle, store))
+        assert (found.mapping, found.kept) == (OTHER, (await store.documents(key))[key])
+
     async def test_the_order_is_that_of_time(self, idle: AwsClients) -> None:
         """Across mappings; only the wanted mapping's when there is one."""
         store = MemoryStore()
@@ -703,7 +778,7 @@ class TestStore:
         identity = notices.identity_of(MAPPING, record.shard, record.request_id, record.condition, "", "")
         assert await find_kept(store, MAPPING, record.at, identity) == (
             key,
-            {"record": notices.record(notice), "ids": []},
+            {"record": notices.record(notice), "ids": [], "hashes": []},
         )
 
 

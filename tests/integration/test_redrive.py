@@ -482,6 +482,190 @@ def _left(done: Ended) -> list[str]:
     return sorted(line for line in done.err.splitlines() if line.startswith("left: "))
 
 
+async def test_a_bad_record_does_not_end_a_run(world: World, desk: Desk) -> None:
+    """It is named and left, and those behind it are delivered."""
+    await world.create()
+    sequences = await world.write(4)
+    world.configure(discarding(world.stream.arn))
+    queue = world.letter(sequences[:1])
+    queue["KinesisBatchInfo"]["streamArn"] = f"arn:aws:sqs:{REGION}:{world.account}:q"
+    early = world.letter(sequences[:1], timestamp="0001-01-01T00:00:00+23:59")
+    half = world.letter(sequences[:1])
+    half["requestContext"]["requestId"] = "\ud800"
+    world.put(queue, early, half, world.letter(sequences))
+    for more in ["--list"], []:
+        done = await redrive(world.path, world.place, *more)
+        assert "its streamArn is of sqs, but its batch is of kinesis" in done.err
+        assert "timestamp is not between 1970 and 9999" in done.err
+        assert "requestContext.requestId has characters that cannot be printed" in done.err
+        assert done.code == 2
+    assert done.out == [
+        "1 batch delivered, 4 records",
+        f"3 left in {world.place}: 3 no failure record that can be read",
+    ]
+    assert desk.delivered == [world.names(sequences)]
+
+
+async def windowed(world: World, desk: Desk, daemons: Any, destination: str | None, *, is_final: bool) -> Daemon:
+    """A daemon that has given up the final invocation of a window, or a batch of it, and was stopped."""
+
+    async def counting(event: dict[str, Any]) -> web.Response:
+        if event["isFinalInvokeForWindow"] is is_final:
+            return web.Response(status=500)
+        return web.json_response({"state": {"n": event["state"].get("n", 0) + len(event["Records"])}})
+
+    await world.create()
+    await world.write(5)
+    desk.hook = counting
+    daemon = daemons(world.document(discarding(world.stream.arn, destination, TumblingWindowInSeconds=1)))
+    await daemon.start()
+    await until(lambda: daemon.events("records_discarded"), SECONDS, "a discarded invocation")
+    assert await daemon.stop() == 0
+    return daemon
+
+
+@pytest.mark.parametrize("place", ["store", "directory", "queue"])
+async def test_the_final_invocation_of_a_window_has_its_state_again(
+    world: World, desk: Desk, daemons, place: str
+) -> None:
+    """As it was, from the payload or from the store, and with the same key; else the sum of the window would be lost."""
+    if place == "queue":
+        world.use_queue()
+    destination = {"store": None, "directory": f"file://{world.directory}", "queue": world.queue}[place]
+    daemon = await windowed(world, desk, daemons, destination, is_final=True)
+    desk.events.clear()
+    desk.hook = None
+    given = "store" if place == "store" else world.place
+    done = await redrive(daemon.path, given)
+    assert done.code == 0, done.err
+    finals = [event for event in desk.events if event["isFinalInvokeForWindow"]]
+    assert finals
+    assert desk.events == finals
+    assert all(event["state"]["n"] > 0 for event in finals)
+    assert sum(event["state"]["n"] for event in finals) == 5
+    assert {desk.keys[headers["Idempotency-Key"]] for headers in desk.headers[-len(finals) :]} == {2}
+
+
+async def test_a_batch_of_a_window_says_that_its_answer_goes_nowhere(world: World, desk: Desk, daemons) -> None:
+    """It is delivered with the state that it had; the window is over without it."""
+    daemon = await windowed(world, desk, daemons, None, is_final=False)
+
+    async def answering(event: dict[str, Any]) -> web.Response:
+        desk.events.append(event)
+        return web.json_response({"state": {}})
+
+    desk.hook = answering
+    done = await redrive(daemon.path)
+    assert done.code == 0, done.err
+    assert "the state that its function answers goes nowhere" in done.err
+    assert not any(event["isFinalInvokeForWindow"] for event in desk.events)
+
+
+async def test_a_window_whose_state_nobody_knows_stays(world: World, desk: Desk) -> None:
+    """Lambda's own record has none: an empty state would be taken for the sum of the window."""
+    await world.create()
+    sequences = await world.write(2)
+    world.configure(discarding(world.stream.arn, TumblingWindowInSeconds=60))
+    window = {"start": "2019-11-14T00:38:00Z", "end": "2019-11-14T00:39:00Z"}
+    more = {"window": window, "isFinalInvokeForWindow": False, "isWindowTerminatedEarly": False}
+    world.put(world.letter(sequences, timeWindowInfo=more))
+    for given in [], ["--dry-run"], ["--partial"]:
+        done = await redrive(world.path, world.place, *given)
+        assert done.code == 2
+        assert "its window's state is not known; it is only in a payload or the daemon's store" in done.err
+        assert done.out[1] == f"1 left in {world.place}: 1 of a tumbling window whose state is not known"
+    assert desk.headers == []
+    assert len(world.left()) == 1
+
+
+@pytest.mark.parametrize("place", ["store", "queue", "directory"])
+async def test_batches_of_a_mapping_that_was_pointed_elsewhere(world: World, desk: Desk, daemons, place: str) -> None:
+    """They are still its own, with exactly their records; `--to` changes nothing of that."""
+    world.use_queue()
+    await world.create()
+    names = world.names(await world.write(40))
+    uid = "11111111-1111-4111-8111-111111111111"
+    destination = {"store": None, "directory": f"file://{world.directory}", "queue": world.queue}[place]
+    mapping = discarding(world.stream.arn, destination, BatchSize=4, ParallelizationFactor=3, UUID=uid)
+    functions = {"f": {"url": desk.url}, "g": {"url": desk.url.removesuffix("/f") + "/g"}}
+    daemon = daemons({**world.document(mapping), "functions": functions})
+    await discarded(daemon, desk, 40)
+    assert await daemon.stop() == 0
+    document = yaml.safe_load(daemon.path.read_text())
+    document["event_source_mappings"][0]["FunctionName"] = "g"
+    daemon.path.write_text(yaml.safe_dump(document))
+    batches = len(desk.headers)
+    given = {"store": "store", "directory": str(world.directory), "queue": world.queue}[place]
+    done = await redrive(daemon.path, given, "--mapping", uid[:8], "--limit", "2")
+    assert (done.code, done.out[0].split(",")[0]) == (0, "2 batches delivered"), done.err
+    assert set(desk.paths) == {"/f"}
+    done = await redrive(daemon.path, given, "--to", "g")
+    assert (done.code, done.out[0].split(",")[0]) == (0, f"{batches - 2} batches delivered"), done.err
+    assert desk.names == Counter(names)
+    assert set(desk.paths[-(batches - 2) :]) == {"/g"}
+    assert set(desk.keys.values()) == {2}
+
+
+async def test_what_the_daemon_still_reports_is_not_redriven(world: World, desk: Desk, daemons) -> None:
+    """Beside a daemon that waits for its destination, and after it was stopped: it gives the batch up again itself."""
+    await world.create()
+    names = world.names(await world.write(4))
+    is_down = is_failing = True
+
+    async def both(event: dict[str, Any]) -> web.Response | None:
+        if "requestContext" in event:
+            return web.Response(status=500 if is_down else 200)
+        return web.Response(status=500) if is_failing else None
+
+    desk.hook = both
+    url = desk.url.removesuffix("/f") + "/failed"
+    daemon = daemons(world.document(discarding(world.stream.arn, url, BatchSize=4)))
+    await daemon.start()
+    await until(lambda: daemon.events("destination_waits"), SECONDS, "a refused report")
+    is_failing = False
+    listed = await redrive(daemon.path, "--list")
+    assert listed.out[0].endswith("(record ids, not yet given up by the daemon)")
+    done = await redrive(daemon.path)
+    assert (done.code, done.out[1]) == (2, "1 left in the store: 1 not yet given up by the daemon")
+    assert desk.delivered == []
+    is_down = False
+    await until(lambda: daemon.events("records_discarded"), SECONDS, "the report")
+    assert await daemon.stop() == 0
+    done = await redrive(daemon.path)
+    assert (done.code, done.out) == (0, ["1 batch delivered, 4 records"]), done.err
+    assert desk.delivered == [names]
+
+
+@pytest.mark.parametrize("place", ["store", "directory"])
+async def test_a_second_run_at_the_same_place_is_refused(world: World, desk: Desk, daemons, place: str) -> None:
+    """It would deliver the same batches; looking is allowed, and nothing is left of the lock."""
+    await world.create()
+    await world.write(3)
+    destination = f"file://{world.directory}" if place == "directory" else None
+    daemon = daemons(world.document(discarding(world.stream.arn, destination, BatchSize=1)))
+    await discarded(daemon, desk, 3)
+    assert await daemon.stop() == 0
+    given = str(world.directory) if place == "directory" else "store"
+    arrived, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def stuck(_: dict[str, Any]) -> None:
+        arrived.set()
+        await may_answer.wait()
+
+    desk.hook = stuck
+    first = await started(daemon.path, given)
+    await reached(first, arrived)
+    second = await redrive(daemon.path, given)
+    assert (second.code, second.out) == (2, [])
+    assert f"process {first.pid} redrives it already; wait until that has ended" in second.err
+    assert len((await redrive(daemon.path, given, "--list")).out) == 3
+    may_answer.set()
+    done = await ended(first)
+    assert (done.code, done.out) == (0, ["3 batches delivered, 3 records"]), done.err
+    assert set(desk.names.values()) == {1}
+    assert world.left() == {}
+
+
 async def test_a_failing_batch_stays_and_the_others_go_on(world: World, desk: Desk) -> None:
     """Exit 2, with the function's answer; the next run takes it."""
     world.use_queue()
@@ -639,6 +823,7 @@ async def test_batches_are_listed(world: World, desk: Desk) -> None:
         "last_sequence": sequences[2],
         "records": 3,
         "holds": "range",
+        "pending": False,
     }
     assert desk.headers == []
     assert world.visible() == 2

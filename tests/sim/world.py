@@ -691,6 +691,25 @@ class NodeStore:
         await self._after()
         return done
 
+    async def request(self, mapping: str, row: Row, member: str) -> bool:
+        await self._before()
+        done = await self.inner.request(mapping, row, member)
+        await self._after()
+        return done
+
+    async def beat(self, member) -> None:
+        await self._before()
+        await self.inner.beat(member)
+        await self._after()
+
+    async def members(self) -> dict[str, Any]:
+        await self._before()
+        return await self.inner.members()
+
+    async def leave(self, member: str) -> None:
+        await self._before()
+        await self.inner.leave(member)
+
     async def documents(self, prefix: str) -> dict[str, Any]:
         await self._before()
         return await self.inner.documents(prefix)

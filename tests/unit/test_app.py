@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 from poller.app import Connections
@@ -153,3 +154,6 @@ async def test_an_emulator_takes_one_call_whatever_changes() -> None:
         await connections.disconnect(named)
         async with asyncio.timeout(1):
             await waiter
+        again = await connections.connect(wanted(function), LastResult())
+        assert again.target is old.target
+        assert await again.gate.permit() == -inf, "f has no rate now"

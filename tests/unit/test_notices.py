@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poller.core.flow import lane_of
 from poller.core.model import (
+    END,
+    TRIM_HORIZON,
     BatchPolicy,
+    Checkpoint,
     DiscardReason,
     FailureDestination,
     FunctionSpec,
@@ -27,12 +31,16 @@ from poller.core.model import (
     Window,
 )
 from poller.core.notices import (
+    UNKNOWN_STATE,
     FailureRecord,
+    Kept,
     Report,
     body,
     body_with_payload,
     identity,
+    kept,
     parse,
+    parse_kept,
     record,
     report,
     s3_key,
@@ -368,7 +376,7 @@ def test_envelopes_are_taken_off(envelope: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("make", [kinesis, dynamodb])
 def test_what_we_write_we_read(make: object) -> None:
-    """Every form of ours, with a window and without records."""
+    """Every form of ours, with a window and without records; a window's state is in the payload only."""
     for notice in (make(), make(window=window()), make(records=(), window=window())):  # type: ignore[operator]
         for text in (body(notice), body_with_payload(notice)):
             found = parse(text)
@@ -376,11 +384,8 @@ def test_what_we_write_we_read(make: object) -> None:
             assert (found.start, found.end) == (
                 (notice.records[0].id, notice.records[-1].id) if notice.records else ("", "")
             )
-            assert found.window == (replace_state(notice.window) if notice.window else None)
-
-
-def replace_state(found: Window) -> Window:
-    return found._replace(state=b"{}")
+            unknown = notice.window and notice.window._replace(state=UNKNOWN_STATE)
+            assert found.window == (notice.window if found.payload else unknown)
 
 
 def without(*path: str) -> str:
@@ -425,6 +430,17 @@ def changed(value: object, *path: str) -> str:
         (without("timestamp"), "timestamp is missing or not a string"),
         (changed("yesterday", "timestamp"), "timestamp is not a time"),
         (changed("2019-11-14T00:38:06", "timestamp"), "timestamp has no time zone"),
+        (changed("0001-01-01T00:00:00+23:59", "timestamp"), "timestamp is not between 1970 and 9999"),
+        (changed("9999-12-31T23:59:59-23:59", "timestamp"), "timestamp is not between 1970 and 9999"),
+        (changed(2**31, "KinesisBatchInfo", "batchSize"), "KinesisBatchInfo.batchSize is not a number of records"),
+        (
+            changed("\ud800", "requestContext", "requestId"),
+            "requestContext.requestId has characters that cannot be printed",
+        ),
+        (
+            changed("a\nleft: b", "KinesisBatchInfo", "shardId"),
+            "KinesisBatchInfo.shardId has characters that cannot be printed",
+        ),
         (changed("five", "KinesisBatchInfo", "batchSize"), "KinesisBatchInfo.batchSize is not a number of records"),
         (changed(True, "KinesisBatchInfo", "batchSize"), "KinesisBatchInfo.batchSize is not a number of records"),
         (without("KinesisBatchInfo", "shardId"), "KinesisBatchInfo.shardId is missing or not a string"),
@@ -486,3 +502,99 @@ def test_any_json_is_read_or_refused(document: object) -> None:
     """ValueError is the only error, whatever a queue holds."""
     with contextlib.suppress(ValueError):
         parse(json.dumps(document))
+
+
+def test_what_the_store_keeps_is_read_again() -> None:
+    """Ids, lanes, the payload where it is asked for, and a window with the state that its failure record has not."""
+    keys = ["", "a", "k\u00e9", "\ud800"]
+    records = tuple(Record(str(n), key, 0.0, b"{}") for n, key in enumerate(keys, 1))
+    notice = dynamodb(records=records, window=window(is_final=False)._replace(state=b'{"n":[1,2.5]}'))
+    found = parse_kept(json.loads(json.dumps(kept(notice, has_payload=True))))
+    assert found.ids == ("1", "2", "3", "4")
+    assert found.window == notice.window
+    assert found.payload is not None
+    assert json.loads(found.payload)["state"] == {"n": [1, 2.5]}
+    for lanes in (1, 3, 10):
+        assert [one % lanes for one in found.hashes] == [lane_of(key, lanes) for key in keys]
+    assert parse_kept(kept(dynamodb(), has_payload=False)).window is None
+    assert parse_kept({"record": {}}) == Kept()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"ids": 1},
+        {"ids": ["x"]},
+        {"ids": [1]},
+        {"payload": "[]"},
+        {"payload": 1},
+        {"window": 1},
+        {"window": {}},
+        {"window": {"start": 10**400, "end": 1, "state": "{}", "is_final": True, "is_early": False}},
+        {"window": {"start": 0, "end": float("nan"), "state": "{}", "is_final": True, "is_early": False}},
+        {"window": {"start": 0, "end": 1, "state": "[]", "is_final": True, "is_early": False}},
+        {"window": {"start": 0, "end": 1, "state": 5, "is_final": True, "is_early": False}},
+    ],
+)
+def test_an_entry_that_was_edited_is_refused(document: dict[str, object]) -> None:
+    """A sentence, whatever it says now."""
+    with pytest.raises(ValueError, match=r"store entry|payload"):
+        parse_kept(document)
+
+
+def at_position(kind: PositionKind, value: str = "", *resume: tuple[int, ...]) -> Checkpoint:
+    return Checkpoint(Position(kind, value), resume)
+
+
+A_IN_2, B_IN_2 = lane_of("a", 2), lane_of("b", 2)
+
+
+def floors(lane: int, floor: int) -> tuple[int, ...]:
+    """Of two lanes, the one has come so far, the other nowhere."""
+    return tuple(floor if index == lane else 0 for index in range(2))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "is_settled"),
+    [
+        (Checkpoint(END), True),
+        (Checkpoint(TRIM_HORIZON), False),
+        (at_position(PositionKind.LATEST, "1.0"), False),
+        (at_position(PositionKind.AT, "13"), True),
+        (at_position(PositionKind.AT, "12"), False),
+        (at_position(PositionKind.AT, "9"), False),
+        (at_position(PositionKind.AFTER, "12"), True),
+        (at_position(PositionKind.AFTER, "11"), False),
+        (at_position(PositionKind.AT, "9", floors(A_IN_2, 13)), True),
+        (at_position(PositionKind.AT, "9", floors(A_IN_2, 12)), False),
+        (at_position(PositionKind.AT, "9", floors(1 - A_IN_2, 99)), False),
+        (at_position(PositionKind.AT, "9", (0, 0, 0), floors(A_IN_2, 13)), True),
+    ],
+)
+def test_a_batch_is_settled_once_the_position_has_passed_all_of_it(checkpoint: Checkpoint, is_settled: bool) -> None:
+    """Or its lane has; until then a daemon that starts from there delivers it again, or gives it up again."""
+    batch = Kept(("10", "12"), (lane_of("a", 2**32),) * 2)
+    assert batch.is_settled(checkpoint) is is_settled
+
+
+def test_of_keys_that_are_not_known_all_lanes_must_have_passed() -> None:
+    """An entry without them is rather left."""
+    assert Kept(("10",)).is_settled(at_position(PositionKind.AT, "9", (11, 11)))
+    assert not Kept(("10",)).is_settled(at_position(PositionKind.AT, "9", (11, 0)))
+
+
+@pytest.mark.parametrize(
+    ("saved", "is_early", "is_settled"),
+    [
+        ("", False, True),
+        ("100.0\n{}", False, False),
+        ('100.0\n{"n":1}', True, False),
+        ("100.0\n{}", True, True),
+        ("40.0\n{}", False, False),
+        ("160.0\n{}", False, True),
+    ],
+)
+def test_a_final_invocation_is_settled_once_its_window_is_over(saved: str, is_early: bool, is_settled: bool) -> None:
+    """It has no records; after an early one the same window goes on without state."""
+    final = Kept(window=Window(100.0, 160.0, b'{"n":1}', True, is_early))
+    assert final.is_settled(Checkpoint(Position(PositionKind.AFTER, "9"), window=saved)) is is_settled

@@ -468,6 +468,30 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(stream.reads) == 50
 
 
+@pytest.mark.parametrize("ids", [["1", "2500", "5000"], []], ids=["ids", "filter"])
+def test_of_a_long_range_only_what_is_wanted_is_kept(monkeypatch: pytest.MonkeyPatch, ids: list[str]) -> None:
+    """The other records of a range, of other lanes or filtered out, may be a stream's whole day."""
+    monkeypatch.setattr(refetch, "_RUN_BYTES", 20_000)
+    stream = ScriptedStream(wire=b"x" * 100)
+    stream.fill(1, 5_000)
+    reader = refetcher(stream)
+    most = 0
+    plain = refetch._Run.take_in
+
+    def measured(run: Any, fetch: Fetch, start: int) -> None:
+        nonlocal most
+        plain(run, fetch, start)
+        assert run.nbytes == sum(len(record.wire) for record in run.records)
+        most = max(most, run.nbytes)
+
+    monkeypatch.setattr(refetch._Run, "take_in", measured)
+    wanted = {"1", "2500", "5000"}
+    read = reader.fetch(SHARD, "1", "5000", lambda one: one.id in wanted, ids, least=5_000)
+    assert numbers(run_virtual(read)) == [1, 2500, 5000]
+    assert 0 < most <= 20_000
+    assert len(stream.reads) == 50
+
+
 records = st.lists(st.integers(0, 60).map(lambda size: Record("1", "", 0.0, b"x" * size)), max_size=40)
 
 
