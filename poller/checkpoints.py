@@ -34,8 +34,8 @@ from poller.mappings import find_mapping
 from poller.ports import CheckpointStore
 from poller.runtime.stream_runner import seek_key, spelled, stream_key
 from poller.settings import Settings, StoreSettings
-from poller.stores.memory import MemoryStore
 from poller.stores import open_store
+from poller.stores.memory import MemoryStore
 from poller.telemetry import Metrics, configure_logging
 
 _log = structlog.get_logger(__name__)

@@ -878,12 +878,14 @@ def _queue(document: Mapping[str, Any]) -> QueuePolicy:
         options.get("MaximumReceivers"),
     )
     default = QueuePolicy()
+    shared = min((bound for bound in bounds[:2] if bound is not None), default=None)
     ceiling = min((bound for bound in bounds if bound is not None), default=default.ceiling)
     return QueuePolicy(
         ceiling=ceiling,
         floor=min(pollers.get("MinimumPollers", default.floor), ceiling),
         growth=float(options.get("ScaleUpPerMinute", default.growth)),
         circuit_breaker=options.get("CircuitBreaker", default.circuit_breaker),
+        shared=shared,
     )
 
 

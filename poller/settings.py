@@ -115,6 +115,9 @@ class StoreSettings:
     path: str
 
 
+_DEFAULT_STORE = StoreSettings("sqlite:///var/lib/poller/poller.db", "/var/lib/poller/poller.db")
+
+
 @dataclass(frozen=True, slots=True)
 class DynamoStoreSettings:
     """`dynamodb://TABLE[?region=REGION&endpoint_url=URL&create=true]`; what is absent comes from `aws`."""
@@ -176,7 +179,7 @@ class Settings:
     aws: AwsSettings = AwsSettings()
     functions: dict[str, FunctionSettings] = field(default_factory=dict)
     mappings: tuple[Declared, ...] = ()
-    store: StoreSettings | DynamoStoreSettings = StoreSettings("sqlite:///var/lib/poller/poller.db", "/var/lib/poller/poller.db")
+    store: StoreSettings | DynamoStoreSettings = _DEFAULT_STORE
     server: ServerSettings = ServerSettings()
     log: LogSettings = LogSettings()
     retry: RetrySettings = RetrySettings()

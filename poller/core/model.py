@@ -180,12 +180,14 @@ class QueuePolicy:
 
     `ceiling`: most loops, the least of MaximumConcurrency, MaximumPollers and `Options.MaximumReceivers`. `floor`:
     loops that receive even from an idle queue. `growth`: loops a minute that may be added while replies are full.
+    `shared`: MaximumConcurrency or MaximumPollers, which hold for the whole fleet; None without them.
     """
 
     ceiling: int = 1250
     floor: int = 1
     growth: float = 300.0
     circuit_breaker: bool = True
+    shared: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

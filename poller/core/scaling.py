@@ -39,7 +39,7 @@ class Scaling:
     def limit(self, now: float) -> int:
         """Loops that there may be."""
         self._grow(now)
-        return max(self._lowest, floor(self._level * self._health + _ROUNDING))
+        return min(self._ceiling, max(self._lowest, floor(self._level * self._health + _ROUNDING)))
 
     def grows_at(self, now: float) -> float:
         """When the limit is higher by one, if nothing happens until then; inf: never."""
@@ -74,7 +74,7 @@ class Scaling:
 
     def failed(self) -> None:
         """A batch failed."""
-        self._health = max(self._health * _FAILURE, 1 / self._level)
+        self._health = max(self._health * _FAILURE, 1 / max(1.0, self._level))
 
     def throttled(self, loops: int, now: float) -> None:
         """The target refused a batch, while so many loops were there."""

@@ -52,7 +52,9 @@ class QueueRunner:
         self._pipe = pipe
         self._mapping = pipe.mapping
         policy = pipe.mapping.queue
-        self._scaling = Scaling(policy.floor, policy.ceiling, policy.growth)
+        self._leases = context.leases
+        self._floor, ceiling = self._part(policy)
+        self._scaling = Scaling(self._floor, ceiling, policy.growth)
         self._circuit = Circuit(context.clock, context.backoff) if policy.circuit_breaker else None
         self._source: QueueSource | None = None
         self._queue: Queue | None = None
@@ -81,19 +83,38 @@ class QueueRunner:
         now = self._clock.now()
         self._scaling.limit(now)  # growth until now was under the old bounds
         self._pipe, self._mapping = pipe, mapping
-        policy = mapping.queue
-        self._scaling.retune(policy.floor, policy.ceiling, policy.growth)
+        self._divide()
         if self._queue is not None:
             self._queue.pipe = pipe
             self._plan_visibility(self._timeout)
-            for _ in range(policy.floor):
-                self._want(is_hot=False)
         if is_repointed:
             for loop in self._loops:
                 loop.repointed()
             if self._circuit and self._circuit.reset():
                 _log.info("circuit_closed", mapping=mapping.id, function=mapping.function.name)
         return True
+
+    def _part(self, policy: QueuePolicy) -> tuple[int, int]:
+        """Loops that this member of the fleet keeps, and may have at most. What holds for the fleet is shared out."""
+        if policy.shared is None or self._leases.is_alone:
+            return policy.floor, policy.ceiling
+        ceiling = min(policy.ceiling, self._leases.slots(policy.shared))
+        return min(ceiling, max(1, self._leases.slots(policy.floor))), ceiling
+
+    def _divide(self) -> None:
+        policy = self._mapping.queue
+        self._floor, ceiling = self._part(policy)
+        self._scaling.retune(self._floor, ceiling, policy.growth)
+        if self._queue is not None:
+            for _ in range(self._floor):
+                self._want(is_hot=False)
+
+    async def _follow_members(self) -> None:
+        """Members come and go: the sum of the parts is above the whole for as long as it takes to see that."""
+        while True:
+            await self._leases.watch().wait()
+            self._scaling.limit(self._clock.now())
+            self._divide()
 
     def seek(self) -> None:
         """It has no positions."""
@@ -170,9 +191,9 @@ class QueueRunner:
             tasks.create_task(self._keeper.run()),
             tasks.create_task(self._grow()),
             tasks.create_task(self._look_at_queue(self._source)),
+            tasks.create_task(self._follow_members()),
         ]
-        for _ in range(self._mapping.queue.floor):
-            self._want(is_hot=False)
+        self._divide()
 
     async def _end_loops(self) -> None:
         """Cut off what waits; let end what delivers. A receive that is under way may bring messages: wait a little for
@@ -264,7 +285,7 @@ class QueueRunner:
         """See `Pool.needs`."""
         if len(self._loops) > self._scaling.limit(self._clock.now()):
             return False
-        return self.seeking < self._mapping.queue.floor or (loop.is_hot and self.seeking < _MOST_SEEKING)
+        return self.seeking < self._floor or (loop.is_hot and self.seeking < _MOST_SEEKING)
 
     def took(self, expires: float) -> None:
         """See `Pool.took`."""
@@ -323,7 +344,7 @@ class QueueRunner:
         """One more loop, if nobody receives or, where replies are full, as long as a process can read them."""
         if self._stopping.asked.is_set() or self._tasks is None or self._queue is None:
             return
-        if self.seeking >= (_MOST_SEEKING if is_hot else self._mapping.queue.floor):
+        if self.seeking >= (_MOST_SEEKING if is_hot else self._floor):
             return
         if len(self._loops) >= self._scaling.limit(self._clock.now()):
             self._is_short.set()

@@ -19,10 +19,13 @@ class Runner(Protocol):
 
     is_reached: bool
     """The source has answered at least once."""
-    may_overlap: bool
-    """Another runner of the mapping may begin while this one ends."""
     is_settled: bool
     """No order to move positions is left to be carried out."""
+
+    @property
+    def may_overlap(self) -> bool:
+        """Another runner of the mapping may begin while this one ends."""
+        ...
 
     @property
     def problem(self) -> str:

@@ -130,8 +130,9 @@ class StreamRunner:
         was, mapping = self._mapping, pipe.mapping
         if was.source != mapping.source:
             return False
+        is_same_line = pipe.gate is self._pipe.gate  # lanes that wait for a slot must not wait in the old one
         self._pipe, self._mapping = pipe, mapping
-        if _shape(was) == _shape(mapping):
+        if _shape(was) == _shape(mapping) and is_same_line:
             for worker in self._workers.values():
                 worker.retune(pipe)
             return True

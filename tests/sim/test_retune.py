@@ -146,6 +146,7 @@ class Daemon:
         self.targets: list[Target] = []
         self.rule = lambda name, shard, numbers: None
         self.connect_error: Exception | None = None
+        self.gate = Gate(None)
         self.checkpointer = Checkpointer(self.store, clock, 0.1, FAST)
         context = Context(
             clock,
@@ -169,7 +170,7 @@ class Daemon:
             return Source(self.stream, wanted.mapping.function.role)
 
         traits = StreamTraits(100, 1.0, True)
-        return Pipe(wanted.mapping, result, target, Gate(None), NullObserver(), traits, open_stream, None)
+        return Pipe(wanted.mapping, result, target, self.gate, NullObserver(), traits, open_stream, None)
 
     async def disconnect(self, pipe: Pipe) -> None:
         assert not pipe.target.is_closed

@@ -142,7 +142,7 @@ def test_nobody_stays_in_the_line_of_another_function() -> None:
         task = asyncio.ensure_future(setup.runner.run())
         await asyncio.sleep(3)
         for steps in range(4):  # again and again, before those who wait have noticed
-            assert retune(setup, new, Gate(None))
+            assert retune(setup, Target(), Gate(None))
             assert retune(setup, new, Gate(1))
             for _ in range(steps):
                 await asyncio.sleep(0)
@@ -389,6 +389,67 @@ def test_what_takes_a_new_runner_changes_nothing() -> None:
         setup.queue.send("1")
         await asyncio.sleep(1)
         assert target.ids() == [["m0"]]
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
+# --- a fleet
+
+
+class Leases:
+    """What the fleet gives this member."""
+
+    is_alone = False
+
+    def __init__(self, part: int) -> None:
+        self.part = part
+        self.changed = asyncio.Event()
+
+    def slots(self, limit: int) -> int:
+        return min(limit, self.part)
+
+    def watch(self) -> asyncio.Event:
+        return self.changed
+
+    def set(self, part: int) -> None:
+        self.part, changed, self.changed = part, self.changed, asyncio.Event()
+        changed.set()
+
+
+def test_maximum_concurrency_is_the_fleets() -> None:
+    """A member has its part of it, follows when members come and go, and receives nothing without a part."""
+
+    async def main():
+        target = Target(seconds=1.0)
+        setup = Setup(target, max_concurrency=6)
+        pipe = setup.runner._pipe
+        shared = replace(pipe.mapping, queue=replace(pipe.mapping.queue, shared=6))
+        leases = setup.runner._leases = Leases(3)
+        setup.runner._pipe = replace(pipe, mapping=shared)
+        setup.runner._mapping = shared
+        setup.queue.send(*map(str, range(3000)))
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(10)
+        assert target.most_running == 3
+        leases.set(6)
+        await asyncio.sleep(10)
+        assert target.most_running == 6
+        leases.set(1)
+        await asyncio.sleep(3)
+        target.most_running = 0
+        await asyncio.sleep(5)
+        assert target.most_running == 1
+        leases.set(0)
+        await asyncio.sleep(3)
+        target.most_running, receives = 0, len(setup.queue.receives)
+        await asyncio.sleep(60)
+        assert target.most_running == 0
+        assert len(setup.queue.receives) == receives
+        leases.set(2)
+        await asyncio.sleep(5)
+        assert target.most_running == 2
         setup.runner.stop()
         await task
 

@@ -801,24 +801,24 @@ def test_build_takes_every_field():
     assert mapping.start.kind is PositionKind.LATEST
     assert mapping.queue == QueuePolicy()
     queued = build(UUID, normalize(queue(ScalingConfig={"MaximumConcurrency": 3})), spec, None)
-    assert (queued.queue, queued.batch.size, queued.retry.attempts) == (QueuePolicy(ceiling=3), 10, -1)
+    assert (queued.queue, queued.batch.size, queued.retry.attempts) == (QueuePolicy(ceiling=3, shared=3), 10, -1)
 
 
 @pytest.mark.parametrize(
     ("fields", "policy"),
     [
         ({}, QueuePolicy(1250, 1, 300.0, True)),
-        ({"ScalingConfig": {"MaximumConcurrency": 1}}, QueuePolicy(ceiling=1)),
-        ({"ProvisionedPollerConfig": {"MinimumPollers": 7}}, QueuePolicy(ceiling=200, floor=7)),
-        ({"ProvisionedPollerConfig": {"MaximumPollers": 2000}}, QueuePolicy(ceiling=2000, floor=2)),
+        ({"ScalingConfig": {"MaximumConcurrency": 1}}, QueuePolicy(ceiling=1, shared=1)),
+        ({"ProvisionedPollerConfig": {"MinimumPollers": 7}}, QueuePolicy(ceiling=200, floor=7, shared=200)),
+        ({"ProvisionedPollerConfig": {"MaximumPollers": 2000}}, QueuePolicy(ceiling=2000, floor=2, shared=2000)),
         ({"Options": {"MaximumReceivers": 2000}}, QueuePolicy(ceiling=2000)),
         (
             {"ScalingConfig": {"MaximumConcurrency": 9}, "Options": {"MaximumReceivers": 4, "ScaleUpPerMinute": 60}},
-            QueuePolicy(ceiling=4, growth=60.0),
+            QueuePolicy(ceiling=4, growth=60.0, shared=9),
         ),
         (
             {"ProvisionedPollerConfig": {"MinimumPollers": 9}, "Options": {"MaximumReceivers": 4}},
-            QueuePolicy(ceiling=4, floor=4),
+            QueuePolicy(ceiling=4, floor=4, shared=200),
         ),
         ({"Options": {"CircuitBreaker": False}}, QueuePolicy(circuit_breaker=False)),
     ],

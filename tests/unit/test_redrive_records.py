@@ -9,7 +9,7 @@ import zlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from poller.core.model import SourceKind
@@ -66,6 +66,15 @@ def places(document: Any) -> list[tuple[str, ...]]:
     return [path for name, value in document.items() for path in ((name,), *((name, *one) for one in places(value)))]
 
 
+def changed(whole: dict[str, Any], value: Any, *path: str) -> dict[str, Any]:
+    """The same with another value at a place."""
+    document = inner = copy.deepcopy(whole)
+    for part in path[:-1]:
+        inner = inner[part]
+    inner[path[-1]] = value
+    return document
+
+
 @st.composite
 def nearly(draw: st.DrawFn) -> dict[str, Any]:
     """A failure record with up to three members changed or gone."""
@@ -83,6 +92,10 @@ def nearly(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(document=nearly())
+@example(document=changed(WHOLE[1], "\ud800", "requestContext", "requestId"))
+@example(document=changed(WHOLE[0], "\ud800", "KinesisBatchInfo", "shardId"))
+@example(document=changed(WHOLE[0], ODD[11], "payload"))
+@example(document=changed(WHOLE[0], ODD[12], "payload"))
 def test_what_is_near_a_failure_record_is_worked_with_or_refused(document: dict[str, Any]) -> None:
     """One bad record must not end a run: ValueError is the only error, and what passes can be listed and named."""
     screen = io.TextIOWrapper(io.BytesIO(), "utf-8")
