@@ -468,6 +468,7 @@ class StreamRunner:
             )
         worker = ShardWorker(self._context, self._pipe, source, row, lease, is_fresh=is_fresh, is_stale=is_stale)
         self._workers[row.shard] = worker
+        self._give.pop(row.shard, None)  # a wish that came while the last worker was being released
         await worker.run()
         if worker.is_lost:
             self._context.checkpointer.drop(worker)
