@@ -23,7 +23,7 @@ from poller.core.filters import compile_filter
 from poller.core.model import Mapping, MappingId, SourceKind
 from poller.core.retry import Backoff
 from poller.destinations import Destinations
-from poller.errors import ConfigError, PollerError
+from poller.errors import ConfigError, PollerError, StoreUnavailable
 from poller.mappings import resolve
 from poller.ports import Clock, QueueSource, StreamSource, Target
 from poller.runtime.checkpointer import Checkpointer
@@ -31,6 +31,7 @@ from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM, Context, La
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.lease_keeper import LeaseKeeper
 from poller.runtime.supervisor import Supervisor, Wanted
+from poller.runtime.waiting import sleep_until, wait_until
 from poller.server.app import Server
 from poller.settings import DynamoStoreSettings, FunctionSettings, HttpFunction, LambdaFunction, Settings, StoreSettings
 from poller.sources import Sources, traits
@@ -226,9 +227,9 @@ class Daemon:
             leases=leases,
         )
         supervisor = Supervisor(context, connections)
-        control = ControlPlane(store, supervisor, probe)
+        control = ControlPlane(store, supervisor, probe, is_alone=leases.is_alone)
         server = Server(settings.server, control, metrics, clock, rng)
-        await control.load(settings)
+        await self._load(control, settings, clock, trouble, is_fleet=is_fleet)
         stack.push_async_callback(server.stop)
         self.port = await server.start()
         _log.info(
@@ -239,6 +240,7 @@ class Daemon:
             keeper = tasks.create_task(leases.run())
             reloader = tasks.create_task(self._follow(control, metrics))
             watcher = tasks.create_task(watch(settings.path, self._look))
+            follower = tasks.create_task(self._follow_members(control, clock, is_fleet=is_fleet))
             sampler = tasks.create_task(server.history.run())
             work = tasks.create_task(supervisor.run())
             await self._stop.wait()
@@ -252,8 +254,34 @@ class Daemon:
             saver.cancel()
             reloader.cancel()
             watcher.cancel()
+            follower.cancel()
             sampler.cancel()
         _log.info("stopped")
+
+    async def _load(
+        self, control: ControlPlane, settings: Settings, clock: Clock, trouble: Backoff, *, is_fleet: bool
+    ) -> None:
+        """A store that is a file is there or not; one beyond a network is waited for, until a stop."""
+        failures = 0
+        while True:
+            try:
+                await control.load(settings)
+                break
+            except StoreUnavailable as error:
+                failures += 1
+                if not is_fleet or self._stop.is_set():
+                    raise
+                _log.error("store_unavailable", error=str(error), attempt=failures)
+                await wait_until(self._stop, clock, clock.now() + trouble.delay(failures))
+
+    async def _follow_members(self, control: ControlPlane, clock: Clock, *, is_fleet: bool) -> None:
+        """What another member was told holds here within seconds."""
+        while is_fleet:
+            await sleep_until(clock, clock.now() + _FOLLOW_INTERVAL)
+            try:
+                await control.follow()
+            except StoreUnavailable as error:
+                _log.error("members_not_followed", error=str(error))
 
     async def _follow(self, control: ControlPlane, metrics: Metrics) -> None:
         """Read the config file again at each SIGHUP and when it has changed; a bad one is refused and the old one goes
@@ -285,7 +313,8 @@ class Daemon:
             _log.info("config_reloaded", config=settings.path, mappings=len(settings.mappings))
 
 
-_FIXED = ("aws", "store", "server", "retry", "limits", "checkpoint_interval", "shutdown_grace")
+_FOLLOW_INTERVAL = 2.0
+_FIXED = ("aws", "store", "server", "retry", "limits", "checkpoint_interval", "lease_duration", "shutdown_grace")
 
 
 async def check_connections(settings: Settings) -> list[str]:

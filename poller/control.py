@@ -45,6 +45,7 @@ _log = structlog.get_logger(__name__)
 _MADE = "mapping/"  # store keys: API-made mappings
 _DELETED = "deleted/"  # API-made mappings whose positions are still to be deleted
 _DYNAMODB_READERS = 2  # at once of one shard (semantics 3.1)
+_CONFIG = "config/newest"  # what the config file of the fleet that was written last declares
 _TOGGLED = "enabled/"  # and `Enabled` of declared ones, set through the API
 _TAGGABLE = re.compile(
     r"arn:aws[a-zA-Z-]*:lambda:[a-z0-9-]+:[0-9]{12}:"
@@ -97,7 +98,10 @@ async def known_mappings(
 class ControlPlane:
     """Implements `Control`. One for the process; `load` first."""
 
-    def __init__(self, store: CheckpointStore, supervisor: Supervisor, probe: Probe) -> None:
+    def __init__(self, store: CheckpointStore, supervisor: Supervisor, probe: Probe, *, is_alone: bool = True) -> None:
+        """`is_alone`: nobody else uses the store; else call `follow` now and then."""
+        self._is_alone = is_alone
+        self._adopted: dict[MappingId, dict[str, Any]] = {}  # declared otherwise by another member's newer file
         self._store = store
         self._probe = probe
         self._supervisor = supervisor
@@ -111,8 +115,10 @@ class ControlPlane:
 
     async def load(self, settings: Settings) -> None:
         """Start what the file declares and what the store keeps. StoreUnavailable."""
-        for key in await self._store.documents(_DELETED):  # a stop came before their positions were gone
+        for key in await self._store.document_keys(_DELETED):  # a stop came before their positions were gone
             uuid = key.removeprefix(_DELETED)
+            if any(row.owner for row in (await self._store.load(uuid)).values()) and not self._is_alone:
+                continue  # other members still let go of it; another start finishes it
             await self._store.forget(uuid)
             await self._store.delete_document(_MADE + uuid)
             await self._store.delete_document(stream_key(uuid))
@@ -127,6 +133,59 @@ class ControlPlane:
         await self.apply(settings)
         for key in await self._store.document_keys(SEEK):
             self._supervisor.seek(key.split("/")[1])
+
+    async def follow(self) -> None:
+        """What other members of the fleet were told: mappings made, changed and deleted there, switched on and off, and
+        newer config files. StoreUnavailable.
+        """
+        async with self._lock:
+            made, deleted = await made_mappings(self._store), await self._store.document_keys(_DELETED)
+            toggled = await self._store.documents(_TOGGLED)
+            self._toggled = {key.removeprefix(_TOGGLED): toggle for key, toggle in toggled.items()}
+            for uuid, kept in made.items():
+                known = self._entries.get(uuid)
+                if _DELETED + uuid not in deleted and (known is None or known.document != kept["document"]):
+                    self._entries[uuid] = _Entry(uuid, kept["document"], kept["modified"])
+            for entry in [entry for entry in self._entries.values() if not entry.declared_in]:
+                if entry.uuid not in made or _DELETED + entry.uuid in deleted:
+                    del self._entries[entry.uuid]
+                    self._supervisor.remove(entry.uuid, forget=False)  # whoever was told to delete it does that
+            await self._agree()
+            for entry in self._entries.values():
+                self._want(entry)
+
+    async def _agree(self) -> None:
+        """Config files of a fleet differ while a new one is rolled out. The one that was written last counts: where it
+        declares a mapping otherwise than ours, we run it as it says, as long as we know the function that it names.
+        """
+        mine = {item.uuid: item.document for item in self._settings.mappings}
+        at = self._settings.stamp[0] if self._settings.stamp else 0
+        ours: dict[str, Any] = {"at": at, "mappings": mine, "functions": sorted(self._settings.functions)}
+        newest = (await self._store.documents(_CONFIG)).get(_CONFIG)
+        if newest is None or newest["at"] < at:
+            await self._store.put_document(_CONFIG, ours)
+            newest = ours
+        adopted = {}
+        if newest["at"] > at:
+            named = set(newest["functions"]) - set(self._settings.functions)
+            for uuid, document in newest["mappings"].items():
+                if uuid in mine and document != mine[uuid]:
+                    if self._identity(document)[1].split(":")[6] in named:
+                        _log.error(
+                            "config_differs", mapping=uuid, meaning="a newer file names a function not known here"
+                        )
+                    else:
+                        adopted[uuid] = document
+        if adopted.keys() != self._adopted.keys():
+            _log.warning(
+                "config_differs",
+                config=self._settings.path,
+                mappings=sorted(adopted),
+                meaning="another member has a newer file; these mappings run as it says"
+                if adopted
+                else "it agrees again",
+            )
+        self._adopted = adopted
 
     async def apply(self, settings: Settings) -> None:
         """Follow a config file: only mappings that it changes are touched; one that it dropped keeps its positions."""
@@ -174,7 +233,8 @@ class ControlPlane:
         self._entries[item.uuid] = entry
 
     def _want(self, entry: _Entry) -> None:
-        document = {**entry.document, "Enabled": self._is_enabled(entry)}
+        document = self._adopted.get(entry.uuid, entry.document) if entry.declared_in else entry.document
+        document = {**document, "Enabled": self._is_enabled(entry)}
         self._supervisor.want(Wanted(*resolve(entry.uuid, document, self._settings.functions, entry.declared_in)))
 
     def _is_enabled(self, entry: _Entry) -> bool:

@@ -301,6 +301,10 @@ class Supervisor:
         failures, store, clock = 0, self._context.store, self._context.clock
         while kept.forget and self._grace is None:
             try:
+                if any(self._context.leases.is_live(row.owner) for row in (await store.load(kept.mapping.id)).values()):
+                    # Other members still let go of it: one that runs it would make its rows anew, from the start.
+                    await wait_until(self._stop, clock, clock.now() + self._context.leases.look_interval)
+                    continue
                 await store.forget(kept.mapping.id)
                 await store.delete_document(stream_key(kept.mapping.id))
                 for order in await store.document_keys(seek_key(kept.mapping.id)):

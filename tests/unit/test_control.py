@@ -1,6 +1,7 @@
 """The control plane: file, API and store, and operations that meet."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import structlog
@@ -353,3 +354,85 @@ async def test_a_start_knows_what_is_still_to_be_moved(control) -> None:
     again = ControlPlane(control._store, Supervisor(), Probe())
     await again.load(settings(Declared("u-1", DECLARED, 3)))
     assert again._supervisor.begun == ["u-1"]
+
+
+# --- a fleet
+
+
+async def member(store, **changes) -> ControlPlane:
+    """Another daemon with the same store and, unless said otherwise, the same file."""
+    made = ControlPlane(store, Supervisor(), Probe(), is_alone=False)
+    await made.load(replace(settings(Declared("u-1", DECLARED, 3)), **changes))
+    return made
+
+
+async def test_what_one_member_was_told_the_others_follow() -> None:
+    """Made, changed, switched off and deleted through one of them."""
+    store = SlowStore()
+    one, two = await member(store), await member(store)
+    uuid = (await one.create(MAKE))["UUID"]
+    await two.follow()
+    assert two.get(uuid)["BatchSize"] == 10
+    await one.update(uuid, {"BatchSize": 3})
+    await one.pause("u-1", "alice")
+    await two.follow()
+    assert two.get(uuid)["BatchSize"] == 3
+    assert two._supervisor.wanted[uuid].mapping.batch.size == 3
+    assert two.get("u-1")["State"] == "Disabled"
+    await one.delete(uuid)
+    await two.follow()
+    assert two._supervisor.removed == [(uuid, False)], "the one that was told to forgets the positions"
+    assert [one_["UUID"] for one_ in two.list()] == ["u-1"]
+    await two.follow()
+    assert [one_["UUID"] for one_ in two.list()] == ["u-1"], "it does not come back"
+
+
+async def test_the_file_that_was_written_last_counts() -> None:
+    """While a new one is rolled out a mapping runs everywhere as it says; that is logged once, and its end too."""
+    store = SlowStore()
+    newer = {**DECLARED, "BatchSize": 7}
+    old = await member(store, stamp=(10, 0, 0))
+    new = await member(store, stamp=(20, 0, 0), mappings=(Declared("u-1", newer, 3),))
+    await old.follow()
+    assert old._supervisor.wanted["u-1"].mapping.batch.size == 100
+    await new.follow()
+    with structlog.testing.capture_logs() as logs:
+        await old.follow()
+        await old.follow()
+    assert old._supervisor.wanted["u-1"].mapping.batch.size == 7
+    assert [entry["event"] for entry in logs] == ["config_differs"]
+    await old.apply(replace(settings(Declared("u-1", newer, 3)), stamp=(30, 0, 0)))
+    with structlog.testing.capture_logs() as logs:
+        await old.follow()
+        await new.follow()
+    assert [(entry["event"], entry["mappings"]) for entry in logs] == [("config_differs", [])]
+    assert old._supervisor.wanted["u-1"].mapping.batch.size == 7
+
+
+async def test_a_newer_file_with_a_function_that_is_not_known_here_is_not_followed() -> None:
+    """A name that is not configured means a real Lambda function: not what was meant."""
+    store = SlowStore()
+    elsewhere = {**DECLARED, "FunctionName": "g"}
+    old = await member(store, stamp=(10, 0, 0))
+    known = {"f": HttpFunction("f", "http://127.0.0.1:1/"), "g": HttpFunction("g", "http://127.0.0.1:1/")}
+    new = await member(store, stamp=(20, 0, 0), functions=known, mappings=(Declared("u-1", elsewhere, 3),))
+    await new.follow()
+    with structlog.testing.capture_logs() as logs:
+        await old.follow()
+    assert logs[0]["event"] == "config_differs"
+    assert old._supervisor.wanted["u-1"].mapping.function.name == "f"
+
+
+async def test_a_start_leaves_a_delete_alone_that_others_are_at() -> None:
+    """Their shards have owners: forgotten now, they would be made anew, from the start."""
+    store = SlowStore()
+    await store.put_document("deleted/gone", {})
+    await store.create("gone", [Row("a", Checkpoint(TRIM_HORIZON))])
+    [row] = (await store.load("gone")).values()
+    lease = await store.acquire("gone", row, "other")
+    await member(store)
+    assert await store.load("gone")
+    await store.release(lease, None)
+    await member(store)
+    assert not await store.load("gone")
+    assert not await store.document_keys("deleted/")
