@@ -215,7 +215,9 @@ class Daemon:
         checkpointer = Checkpointer(store, clock, settings.checkpoint_interval, trouble)
         me = f"{socket.gethostname()}/{os.getpid()}/{rng.getrandbits(32):08x}"
         is_fleet = isinstance(settings.store, DynamoStoreSettings)
-        leases = LeaseKeeper(store, clock, me, settings.lease_duration, trouble, alone=not is_fleet)
+        leases = LeaseKeeper(
+            store, clock, me, settings.lease_duration, trouble, alone=not is_fleet, count=metrics.lease_changed
+        )
         context = Context(
             clock=clock,
             random=rng,

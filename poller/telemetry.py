@@ -232,6 +232,9 @@ class EventCounts:
     lost: int
 
 
+_LEASE_REASONS = ("taken", "handed_over", "expired", "given", "released", "lost")
+
+
 class Metrics:
     """Every metric of the process. Belongs to the event loop's thread."""
 
@@ -254,6 +257,11 @@ class Metrics:
             "poller_config_last_reload_success", "1 if the config file last read is the one in use.", registry=registry
         )
         self._reload_success.set(1)
+        self._lease_changes = Counter(
+            "poller_lease_changes", "Leases that changed here, by reason.", ("reason",), registry=registry
+        )
+        for reason in _LEASE_REASONS:
+            self._lease_changes.labels(reason)
         self._auth_failures = Counter(
             "poller_auth_failures_total", "Requests refused for want of valid credentials.", registry=registry
         )
@@ -291,6 +299,10 @@ class Metrics:
         """The config file was read again; False: it was refused and the old one goes on."""
         self._reloads.labels("success" if success else "error").inc()
         self._reload_success.set(success)
+
+    def lease_changed(self, reason: str) -> None:
+        """A lease was taken, handed_over, expired (and taken), given, released or lost here."""
+        self._lease_changes.labels(reason).inc()
 
     def auth_failed(self) -> None:
         """A request was refused for want of valid credentials."""
@@ -474,16 +486,6 @@ def _add(counter: Counter, events: int) -> None:
         counter.inc(events)
 
 
-# A store that one process holds alone knows no leases of others, and none that expire.
-_LEASES = {
-    ShardState.OPEN: "free",
-    ShardState.STARTING: "owned",
-    ShardState.RUNNING: "owned",
-    ShardState.ENDING: "owned",
-    ShardState.DRAINING: "owned",
-}
-
-
 class _Scrape(Collector):
     """The registry, and what is true at the moment of a scrape: ages, states, the records lost by shard."""
 
@@ -526,7 +528,7 @@ class _Scrape(Collector):
             if not mapping.source.is_stream:
                 continue
             counts = Tally(shard.state for shard in mapping.shards)
-            held.update(_LEASES[shard.state] for shard in mapping.shards if shard.state in _LEASES)
+            held.update(shard.lease for shard in mapping.shards if shard.lease)
             for state in ShardState:
                 states.add_metric((*names, state), counts[state])
             losses = self._losses.setdefault(names, {})

@@ -426,6 +426,7 @@ class ShardStatus:
     `batch_arrival`: arrival of the last record of the batch in work, None at the tip (iterator age 0).
     `oldest_arrival`: arrival of the oldest record not yet done, None when nothing is pending.
     `blocked_since`: when the oldest failing batch first failed. `attempts` and the sequences are that batch's.
+    `lease`: owned (by this process), other, free or expired; empty where nobody needs one. `owner`: whose it is.
     """
 
     id: ShardId
@@ -441,6 +442,8 @@ class ShardStatus:
     last_sequence: str | None = None
     last_error: str | None = None
     next_attempt: float | None = None
+    lease: str = ""
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,12 @@ class LeaseKeeper:
         *,
         alone: bool = False,
         info: Mapping[str, object] | None = None,
+        count: Callable[[str], None] = lambda reason: None,  # noqa: ARG005
     ) -> None:
+        """`count` is called with the reason of each change of a lease here: taken, handed_over, expired, given,
+        released, lost.
+        """
+        self.count = count
         self.me = me
         self._name, self._lives = me, 1
         self._dead: set[str] = set()  # names that this member had

@@ -169,6 +169,8 @@ class ShardWorker:
             last_sequence=flow.last_sequence,
             last_error=flow.error or self.problem or None,
             next_attempt=flow.next_attempt,
+            lease="owned",
+            owner=self.lease.owner,
         )
 
     # --- the shard

@@ -106,6 +106,7 @@ class StreamRunner:
         self._fresh: dict[ShardId, tuple[Position, float]] = {}  # LATEST rows that this runner created, and when
         self._leases = context.leases
         self._listing: Listing | None = None
+        self._owners: dict[ShardId, str] = {}  # of shards that may be read, at the last look
         self._waiting: set[ShardId] | None = None  # shards that are still to be moved; None: all
         self._give: dict[ShardId, str] = {}  # shards that are being handed over, and to whom
         self._gone: set[ShardId] = set()  # shards that the source denied to know
@@ -147,8 +148,20 @@ class StreamRunner:
     def shards(self) -> tuple[ShardStatus, ...]:
         """Workers first, then the shards that have none."""
         running = [worker.status() for worker in self._workers.values()]
-        idle = [ShardStatus(shard, state) for shard, state in self._idle.items() if shard not in self._workers]
+        idle = [
+            ShardStatus(shard, state, lease=self._lease_of(shard), owner=self._owners.get(shard))
+            for shard, state in self._idle.items()
+            if shard not in self._workers
+        ]
         return (*running, *idle)
+
+    def _lease_of(self, shard: ShardId) -> str:
+        if self._idle[shard] is not ShardState.OPEN:
+            return ""
+        owner = self._owners.get(shard)
+        if owner is None:
+            return "free"
+        return "other" if self._leases.is_live(owner) else "expired"
 
     def in_flight(self) -> int:
         """Invocations that run now."""
@@ -298,6 +311,7 @@ class StreamRunner:
         self._idle = {shard: ShardState.DONE for shard, row in rows.items() if lineage.is_done(row)}
         self._idle.update(dict.fromkeys(plan.blocked, ShardState.BLOCKED))
         self._idle.update({row.shard: ShardState.OPEN for row in ready})
+        self._owners = {row.shard: row.owner for row in ready if row.owner is not None}
         moves = self._leases.plan(mapping, ready)
         for shard, member in moves.give:
             if shard in self._workers and shard not in self._give:
@@ -444,6 +458,8 @@ class StreamRunner:
         lease = await self._context.store.acquire(self._mapping.id, row, self._leases.me)
         if lease is None:
             return False
+        me = self._leases.me
+        self._leases.count("taken" if row.owner is None else "handed_over" if row.owner == me else "expired")
         if self._stopping.asked.is_set() or source is not self._source:
             await self._context.store.release(lease, None)
             return True
@@ -475,6 +491,7 @@ class StreamRunner:
             del self._workers[row.shard]
             self._give.pop(row.shard, None)
             self._log(_log.error, "lease_lost", shard=row.shard)
+            self._leases.count("lost")
             return False
         if worker.is_gone:
             self._gone.add(row.shard)
@@ -503,6 +520,7 @@ class StreamRunner:
         for tries in itertools.count(1):
             try:
                 await self._context.store.release(worker.lease, checkpoint, None if has_ended else member)
+                self._leases.count("given" if member and not has_ended else "released")
                 break
             except StoreUnavailable as error:
                 self._log(_log.error, "release_failed", shard=shard, error=str(error), tries=tries)

@@ -73,6 +73,8 @@ def _shard(shard: ShardStatus, retention: float | None, now: float) -> dict[str,
         "last_sequence": shard.last_sequence,
         "last_error": shard.last_error,
         "next_attempt": _due(shard.next_attempt, now),
+        "lease": shard.lease or None,
+        "owner": shard.owner,
     }
 
 

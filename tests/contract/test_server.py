@@ -593,8 +593,12 @@ async def test_api_status_is_the_contract(local):
         "last_sequence": "50",
         "last_error": "500",
         "next_attempt": NOW + 2,
+        "lease": None,
+        "owner": None,
     }
     assert {name for name, value in shards[1].items() if value is None} == {
+        "lease",
+        "owner",
         "lag_seconds",
         "iterator_age_seconds",
         "headroom_seconds",

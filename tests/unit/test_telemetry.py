@@ -91,6 +91,7 @@ TABLE = {  # the table of the public contract: name -> type, labels
     "poller_config_reloads_total": ("counter", {"outcome"}),
     "poller_config_last_reload_success": ("gauge", set()),
     "poller_auth_failures_total": ("counter", set()),
+    "poller_lease_changes_total": ("counter", {"reason"}),
     "poller_build_info": ("gauge", {"version", "python"}),
 }
 
@@ -243,12 +244,13 @@ async def test_ages_are_computed_at_scrape():
                 ShardStatus(
                     "behind",
                     ShardState.RUNNING,
+                    lease="owned",
                     lag=12.5,
                     batch_arrival=NOW - 30,
                     oldest_arrival=NOW - 60,
                     blocked_since=NOW - 5,
                 ),
-                ShardStatus("tip", ShardState.RUNNING, lag=None),
+                ShardStatus("tip", ShardState.RUNNING, lag=None, lease="owned"),
                 ShardStatus("closed", ShardState.DONE),
                 breaker="open",
             ),
