@@ -11,6 +11,7 @@ from math import ceil
 
 from poller.core.model import MappingId, Row, ShardId
 
+_LONG_DEAD = 30  # durations
 MARGIN = 0.25  # of the duration: clocks that run apart, and the time that a beat takes to be seen
 
 
@@ -36,6 +37,12 @@ class Sightings:
         if member not in self._seen:
             self._seen[member] = (-1, now)
         return now - self._seen[member][1] <= self._duration
+
+    def silent(self, beats: Iterable[str], now: float) -> list[str]:
+        """Those that have not beaten for so long that nothing of theirs is left to be respected."""
+        return [
+            name for name in beats if name in self._seen and now - self._seen[name][1] > _LONG_DEAD * self._duration
+        ]
 
     def live(self, beats: Iterable[str], now: float) -> list[str]:
         """Those of the members that are alive, in order: the same on every host."""

@@ -128,6 +128,8 @@ class LeaseKeeper:
             _log.info("members_changed", members=len(live), live=live, was=list(self.live))
             self.live = live
             self._tell()
+        for name in self._sightings.silent(self.members, now):
+            await self._store.leave(name)  # killed, or a name of ours from before a fence
 
     async def _guard(self) -> None:
         """Give everything up when the fence passes."""

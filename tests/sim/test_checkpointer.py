@@ -28,8 +28,8 @@ from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.stream_runner import StreamRunner
 from poller.stores.memory import MemoryStore
-from tests.fakes.observer import NullObserver
 from tests.fakes.leases import alone
+from tests.fakes.observer import NullObserver
 from tests.sim.loop import VirtualClock, VirtualLoop
 
 TROUBLE = Backoff(0.5, 5.0, lambda: 1.0)
