@@ -114,7 +114,9 @@ class Shard:
         self.budget = ByteBudget(more.get("budget", 10_000_000))
         self.store = MemoryStore()
         self.checkpointer = Checkpointer(self.store, clock, 0.1, trouble)
-        context = Context(clock, rng, self.store, self.checkpointer, self.budget, trouble, trouble, alone(self.store, clock))
+        context = Context(
+            clock, rng, self.store, self.checkpointer, self.budget, trouble, trouble, alone(self.store, clock)
+        )
         mapping = Mapping(
             id="m",
             source=SourceSpec(SourceKind.KINESIS, "arn", "r", "1", "s"),

@@ -71,7 +71,14 @@ def test_nothing_is_asked_for_while_something_is_free() -> None:
 
 def test_a_wish_is_not_repeated() -> None:
     """What was asked for counts as on its way, and two members do not ask for the same shard."""
-    rows = [row("a", "you", "me"), row("b", "you"), row("c", "you", "him"), row("d", "you"), row("e", "you"), row("f", "you")]
+    rows = [
+        row("a", "you", "me"),
+        row("b", "you"),
+        row("c", "you", "him"),
+        row("d", "you"),
+        row("e", "you"),
+        row("f", "you"),
+    ]
     found = moves(rows, "me", ["me", "you", "him"])
     assert found.ask == ("b",)
 
@@ -81,9 +88,7 @@ def test_every_fleet_settles(seed: int) -> None:
     """From any start, members that look one after the other end with all shards owned and even, and then rest."""
     rng = random.Random(seed)
     members = [f"m{n}" for n in range(rng.randint(1, 5))]
-    rows = {
-        f"s{n}": row(f"s{n}", rng.choice([None, "dead", *members])) for n in range(rng.choice([0, 1, 3, 8, 33]))
-    }
+    rows = {f"s{n}": row(f"s{n}", rng.choice([None, "dead", *members])) for n in range(rng.choice([0, 1, 3, 8, 33]))}
     working = {me: {name for name, each in rows.items() if each.owner == me and rng.random() < 0.8} for me in members}
     for _ in range(80):
         for me in rng.sample(members, len(members)):
