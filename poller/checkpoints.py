@@ -4,6 +4,8 @@ list, get, export --> look, whoever uses the store
 set, reset, import -> store's lock --+-- free: no daemon runs, every owner in the rows is dead ---+
                                      +-- held: mapping disabled, and no shard of it has an owner -+-> leases -> change
 
+A store in DynamoDB has no lock: it counts as free when no member beats for the duration of a lease.
+
 The change is one step that asks for the leases: a daemon that took one meanwhile wins, and nothing is changed.
 """
 
@@ -47,6 +49,7 @@ _SEQUENCE = re.compile("[0-9]{1,128}")
 _SHARD = re.compile("[a-zA-Z0-9_.-]{1,128}")
 _MOST_LANES = 10  # ParallelizationFactor
 _MOST_PARENTS = 2  # of a merge
+_LOOK = 0.5  # seconds between two looks at who beats
 
 _T = TypeVar("_T")
 
@@ -577,10 +580,27 @@ async def _run(settings: Settings, work: Callable[[Checkpoints], Awaitable[_T]],
 
 async def _open(settings: Settings, stack: AsyncExitStack, *, change: bool) -> tuple[CheckpointStore, bool]:
     """The store, and whether another process may hold it. A look does not take the lock: a daemon that starts in that
-    moment would find the store in use. Who uses a table nobody knows.
+    moment would find the store in use. A table is used by whoever is seen to beat.
     """
     observer = Metrics(SystemClock(asyncio.get_running_loop()), list).store_observer()
     if change and isinstance(settings.store, StoreSettings):
         with suppress(StoreInUse):
             return await open_store(settings, observer, stack), False
-    return await open_store(settings, observer, stack, exclusive=False), True
+    store = await open_store(settings, observer, stack, exclusive=False)
+    is_table = not isinstance(settings.store, StoreSettings)
+    return store, not (change and is_table) or await _has_daemon(store, settings.lease_duration)
+
+
+async def _has_daemon(store: CheckpointStore, duration: float) -> bool:
+    """Does any member beat within the duration of a lease? A killed one stays in the table. One that starts right now
+    is no danger: it, or the change, is too late for the leases.
+    """
+    before = {name: member.beat for name, member in (await store.members()).items()}
+    end = asyncio.get_running_loop().time() + duration
+    now = before
+    while now and (left := end - asyncio.get_running_loop().time()) > 0:
+        await asyncio.sleep(min(_LOOK, left))
+        now = {name: member.beat for name, member in (await store.members()).items()}
+        if any(before.get(name) != beat for name, beat in now.items()):
+            return True
+    return False

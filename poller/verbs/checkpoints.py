@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -15,6 +16,7 @@ from poller.verbs.common import OK, Verbs, add_config, add_verb, read_text
 
 if TYPE_CHECKING:
     from poller.checkpoints import Checkpoints, Move, Shown
+    from poller.kcl import Takeover
 
 _T = TypeVar("_T")
 
@@ -32,6 +34,10 @@ new position on is delivered, what was before it is not.
 _IMPORT = """\
 Put what `export` wrote into the store: all or nothing. A mapping has exactly the shards of FILE then; those that come
 to be later are read from their beginning.
+
+With --kcl TABLE the positions of a KCL application (also one on the DynamoDB Streams Kinesis Adapter), from its lease
+table, which is only read. Stop the application first: leases that have an owner are watched for 12 seconds. Records
+that it has checkpointed are not delivered again.
 """
 
 
@@ -62,10 +68,20 @@ def add(verbs: Verbs) -> None:
     export = add_verb(family, "export", "print positions as one JSON document, for `import`", _export)
     export.add_argument("mappings", metavar="MAPPING", nargs="*", help="only these (default: all that have positions)")
     bring = add_verb(family, "import", "put what `export` wrote into the store", _import, description=_IMPORT)
-    bring.add_argument("file", metavar="FILE", help="or - for standard input")
+    what = bring.add_mutually_exclusive_group(required=True)
+    what.add_argument("file", metavar="FILE", nargs="?", help="or - for standard input")
+    what.add_argument("--kcl", metavar="TABLE", help="the lease table of a KCL application, named like the application")
+    bring.add_argument("--mapping", metavar="MAPPING", help="with --kcl: which one (default: the only one of a stream)")
+    bring.add_argument("--region", metavar="R", help="with --kcl: of the table (default: that of the stream)")
+    bring.add_argument(
+        "--endpoint-url", metavar="U", help="with --kcl: of the table's DynamoDB (default: the config's)"
+    )
     bring.add_argument("--overwrite", action="store_true", help="replace the positions that a mapping has already")
     bring.add_argument(
-        "--force", action="store_true", help="import what belongs to a mapping or source that the config does not have"
+        "--force",
+        action="store_true",
+        help="import what belongs to a mapping or source that the config does not have; with --kcl: of an application "
+        "that still runs, and what the stream does not have any more",
     )
     for one in (move, reset, bring):
         one.add_argument("--dry-run", action="store_true", help="check everything, change nothing")
@@ -139,7 +155,7 @@ def list_lines(found: "Sequence[Shown]") -> list[str]:
 def _row_line(row: Row, now: float) -> str:
     position = row.checkpoint.position
     parts = [f"  {row.shard}", f"{position.kind} {position.value}".strip()]
-    if row.saved_at < float("inf"):
+    if 0 < row.saved_at < float("inf"):  # 0: nobody knows, see `poller.kcl`
         parts.append(f"saved {_age(now - row.saved_at)} ago")
     if not is_done(row):
         parts.append(f"owner {row.owner}" if row.owner else "free")
@@ -197,8 +213,15 @@ def _reset(given: argparse.Namespace) -> int:
 
 
 def _import(given: argparse.Namespace) -> int:
-    text, dry = read_text("poller checkpoints import", given.file), given.dry_run
-    place = "standard input" if given.file == "-" else given.file
+    dry = given.dry_run
+    if given.kcl is not None:
+        text, place = _take_over(given), f"table {given.kcl}"
+    else:
+        for option in ("mapping", "region", "endpoint_url"):
+            if getattr(given, option) is not None:
+                raise ConfigError([f"--{option.replace('_', '-')}: belongs to --kcl"])
+        text = read_text("poller checkpoints import", given.file)
+        place = "standard input" if given.file == "-" else given.file
 
     async def restore(checkpoints: "Checkpoints", *, dry: bool = False) -> "Sequence[Move]":
         return await checkpoints.restore(text, place, overwrite=given.overwrite, force=given.force, dry=dry)
@@ -206,6 +229,24 @@ def _import(given: argparse.Namespace) -> int:
     # Dry first, in any case: a document that is refused leaves no empty store behind.
     moves = _over(given, partial(restore, dry=True), change=True, make=False)
     return _tell(moves if dry else _over(given, restore, change=True, make=True), dry=dry)
+
+
+def _take_over(given: argparse.Namespace) -> str:
+    """What a KCL application's table says, as `export` would have written it. What one should know of it is told."""
+    from poller.config import find_path, load
+    from poller.kcl import Options, choose, take_over
+
+    settings = load(find_path(given.config))
+    options = Options(given.kcl, given.mapping or "", given.region, given.endpoint_url, force=given.force)
+
+    async def read(checkpoints: "Checkpoints") -> "Takeover":
+        found = await checkpoints.look([options.mapping] if options.mapping else [])
+        return await take_over(settings, choose(found, options.mapping), options)
+
+    taken = _over(given, read, make=False)
+    for note in taken.notes:
+        print(note, file=sys.stderr)
+    return json.dumps(taken.document)
 
 
 def _tell(moves: "Sequence[Move]", *, dry: bool) -> int:
