@@ -5,11 +5,14 @@ Stopping: not ready -> mappings (shards, then leases) -> checkpointer -> server 
 
 import asyncio
 import os
+import random
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import structlog
 
@@ -28,11 +31,12 @@ from poller.mappings import resolve
 from poller.ports import Clock, QueueSource, StreamSource, Target
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM, Context, LastResult, Pipe
-from poller.runtime.gate import ByteBudget, Gate
+from poller.runtime.gate import ByteBudget, Gate, Lender
 from poller.runtime.lease_keeper import LeaseKeeper
 from poller.runtime.supervisor import Supervisor, Wanted
 from poller.runtime.waiting import sleep_until, wait_until
 from poller.server.app import Server
+from poller.server.remote import Private
 from poller.settings import DynamoStoreSettings, FunctionSettings, HttpFunction, LambdaFunction, Settings, StoreSettings
 from poller.sources import Sources, traits
 from poller.stores import open_store
@@ -56,12 +60,46 @@ def _emulator(settings: FunctionSettings) -> str | None:
     return settings.url if isinstance(settings, HttpFunction) and settings.protocol == "rie" else None
 
 
+_Bounds: TypeAlias = tuple[int | None, float | None, Lender | None]  # of a Gate
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Which of the processes of a daemon this one is: `number` from 0, of `count`. `name`: as a member of the fleet.
+
+    `socket`: the path where its parent asks it things. `lend`: the slots that a function has in the whole daemon, by
+    its name. `settings`: the next ones, when the config file has changed. `started`: to be called once it listens.
+    """
+
+    number: int
+    count: int
+    name: str
+    socket: str
+    lend: Callable[[str], Lender]
+    settings: Callable[[], Awaitable[Settings]]
+    started: Callable[[], None]
+
+    def bounds(self, name: str, limit: int | None, rate: float | None) -> _Bounds:
+        """What this worker has of a function's limits. Where there are fewer slots than workers, each one is lent to
+        whoever needs it.
+        """
+        if rate is not None:
+            rate /= self.count
+        if limit is None or limit < self.count:
+            return limit, rate, None if limit is None else self.lend(name)
+        each, rest = divmod(limit, self.count)
+        return each + (self.number < rest), rate, None
+
+
 class Connections:
     """Implements `Plumbing`: a target is opened once for each function and Region, a source for each start. The gate of
     a function outlives changes of its settings, for what is in flight under the old ones counts under the new.
     """
 
-    def __init__(self, clients: AwsClients, clock: Clock, metrics: Metrics, probe: Probe) -> None:
+    def __init__(
+        self, clients: AwsClients, clock: Clock, metrics: Metrics, probe: Probe, worker: Worker | None = None
+    ) -> None:
+        self._worker = worker
         self._clients = clients
         self._probe = probe
         self._clock = clock
@@ -131,12 +169,17 @@ class Connections:
         name = settings.name
         if url := _emulator(settings):
             name, rate = url, self._emulator_rate(url)
+        bounds = self._bounds(name, limit, rate)
         gate = self._gates.get(name)
         if gate is None:
-            gate = self._gates[name] = Gate(limit, rate)
+            gate = self._gates[name] = Gate(*bounds)
         else:
-            gate.resize(limit, rate)
+            gate.resize(*bounds)
         return gate
+
+    def _bounds(self, name: str, limit: int | None, rate: float | None) -> _Bounds:
+        """Of what holds for the daemon, what holds here."""
+        return self._worker.bounds(name, limit, rate) if self._worker else (limit, rate, None)
 
     def _emulator_rate(self, url: str) -> float | None:
         """The lowest rate of the functions that share the emulator."""
@@ -154,7 +197,7 @@ class Connections:
                 if shared.users == 0:
                     del self._functions[key]
                     if (url := _emulator(key[0])) and pipe.gate.users:
-                        pipe.gate.resize(1, self._emulator_rate(url))
+                        pipe.gate.resize(*self._bounds(url, 1, self._emulator_rate(url)))
                     await shared.target.close()
 
     def forgotten(self, mapping: MappingId) -> None:
@@ -169,14 +212,61 @@ class Connections:
         self._functions.clear()
 
 
-class Daemon:
-    """`poller run`: everything that lives as long as the process."""
+class ConfigFile:
+    """The config file of a running daemon: read again when it has changed. A bad one is refused: the old goes on."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
-        self._stop = asyncio.Event()
-        self._look = asyncio.Event()  # the config file may have changed
+        self._metrics = metrics
+        self._seen = settings.stamp
+        self._look = asyncio.Event()  # it may have changed
         self._is_asked = False  # somebody wants it read whether it has or not
+
+    def read_again(self) -> None:
+        """Whether it has changed or not."""
+        self._is_asked = True
+        self._look.set()
+
+    async def watch(self) -> None:
+        """Notice changes; for ever."""
+        await watch(self._settings.path, self._look)
+
+    async def changed(self) -> Settings:
+        """The next good ones. What cannot change while the daemon runs is as it was."""
+        old = self._settings
+        while True:
+            await self._look.wait()
+            self._look.clear()
+            now = stamp(old.path)
+            if not self._is_asked and (now == self._seen or now is None):
+                continue
+            self._seen, self._is_asked = now, False
+            try:
+                settings = await asyncio.to_thread(load, old.path)
+            except ConfigError as error:
+                self._metrics.config_reloaded(success=False)
+                _log.error("config_refused", config=old.path, mistakes=list(error.mistakes))
+                continue
+            self._metrics.config_reloaded(success=True)
+            kept = {name: getattr(old, name) for name in _FIXED if getattr(settings, name) != getattr(old, name)}
+            if kept:
+                _log.warning("restart_needed", keys=list(kept), meaning="these keys are read at the start only")
+            self._settings = replace(settings, **kept)
+            configure_logging(settings.log, settings.secrets() | self._settings.secrets())
+            for warning in settings.warnings:
+                _log.warning("config_warning", warning=warning)
+            return self._settings
+
+
+class Daemon:
+    """`poller run`: everything that lives as long as the process. With `worker` it is one of several."""
+
+    def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._grace = settings.shutdown_grace
+        self._stop = asyncio.Event()
+        self._file: ConfigFile | None = None
         self._main: asyncio.Task[None] | None = None
         self.port = 0
 
@@ -187,34 +277,40 @@ class Daemon:
             self._main.cancel()
         self._stop.set()
 
+    def hurry(self, grace: float) -> None:
+        """Stop in order, and sooner than the settings say."""
+        self._grace = min(self._grace, grace)
+        self._stop.set()
+
     def reload(self) -> None:
         """Read the config file again."""
-        self._is_asked = True
-        self._look.set()
+        if self._file is not None:
+            self._file.read_again()
 
     async def run(self) -> None:
         """Until `stop`. PollerError when it cannot start; CancelledError after a second stop."""
         self._main = asyncio.current_task()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        if self._worker is None:  # a worker is told by its parent
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
         async with AsyncExitStack() as stack:
             await self._run(stack, SystemClock(loop))
 
     async def _run(self, stack: AsyncExitStack, clock: Clock) -> None:
-        settings = self._settings
+        settings, worker = self._settings, self._worker
         rng = system_random()
         metrics = Metrics(clock, lambda: supervisor.status())  # noqa: PLW0108  # made below: it needs the store
-        store = await open_store(settings, metrics.store_observer(), stack)
+        store = await open_store(settings, metrics.store_observer(), stack, exclusive=worker is None)
         clients = await stack.enter_async_context(AwsClients(settings.aws))
         probe = Probe(clients)
-        connections = Connections(clients, clock, metrics, probe)
+        connections = Connections(clients, clock, metrics, probe, worker)
         stack.push_async_callback(connections.close)
         trouble = Backoff(TROUBLE_INITIAL, TROUBLE_MAXIMUM, rng.random)
         checkpointer = Checkpointer(store, clock, settings.checkpoint_interval, trouble)
-        me = f"{socket.gethostname()}/{os.getpid()}/{rng.getrandbits(32):08x}"
-        is_fleet = isinstance(settings.store, DynamoStoreSettings)
+        me = worker.name if worker else member_name(rng)
+        is_fleet = isinstance(settings.store, DynamoStoreSettings) or worker is not None
         leases = LeaseKeeper(
             store, clock, me, settings.lease_duration, trouble, alone=not is_fleet, count=metrics.lease_changed
         )
@@ -223,41 +319,46 @@ class Daemon:
             random=rng,
             store=store,
             checkpointer=checkpointer,
-            budget=ByteBudget(settings.limits.buffer_bytes),
+            budget=ByteBudget(settings.limits.buffer_bytes // (worker.count if worker else 1)),
             backoff=Backoff(settings.retry.initial_backoff, settings.retry.maximum_backoff, rng.random),
             trouble=trouble,
             leases=leases,
         )
         supervisor = Supervisor(context, connections)
         control = ControlPlane(store, supervisor, probe, is_alone=leases.is_alone)
-        server = Server(settings.server, control, metrics, clock, rng)
+        private = Private(worker.socket, control, metrics) if worker else None
+        server = Server(settings.server, control, metrics, clock, rng, private=private)
+        file = self._file = ConfigFile(settings, metrics)
         await self._load(control, settings, clock, trouble, is_fleet=is_fleet)
         stack.push_async_callback(server.stop)
         self.port = await server.start()
-        _log.info(
-            "started", version=__version__, config=settings.path, mappings=len(supervisor.status()), port=self.port
-        )
+        if worker is None:
+            _log.info(
+                "started", version=__version__, config=settings.path, mappings=len(supervisor.status()), port=self.port
+            )
+        else:
+            _log.info("worker_started", name=worker.name, pid=os.getpid())
+            worker.started()
         async with asyncio.TaskGroup() as tasks:
             saver = tasks.create_task(checkpointer.run())
             keeper = tasks.create_task(leases.run())
-            reloader = tasks.create_task(self._follow(control, metrics))
-            watcher = tasks.create_task(watch(settings.path, self._look))
+            reloader = tasks.create_task(self._follow(control, worker.settings if worker else file.changed))
+            watchers = [] if worker else [tasks.create_task(file.watch()), tasks.create_task(server.history.run())]
             follower = tasks.create_task(self._follow_members(control, clock, is_fleet=is_fleet))
-            sampler = tasks.create_task(server.history.run())
             work = tasks.create_task(supervisor.run())
             await self._stop.wait()
-            _log.info("stopping", grace=settings.shutdown_grace)
+            _log.info("stopping", grace=self._grace)
             control.stopping()
             await leases.stop()
-            supervisor.stop(settings.shutdown_grace)
+            supervisor.stop(self._grace)
             await work
             await leases.leave()
             keeper.cancel()
             saver.cancel()
             reloader.cancel()
-            watcher.cancel()
             follower.cancel()
-            sampler.cancel()
+            for watcher in watchers:
+                watcher.cancel()
         _log.info("stopped")
 
     async def _load(
@@ -285,34 +386,17 @@ class Daemon:
             except StoreUnavailable as error:
                 _log.error("members_not_followed", error=str(error))
 
-    async def _follow(self, control: ControlPlane, metrics: Metrics) -> None:
-        """Read the config file again at each SIGHUP and when it has changed; a bad one is refused and the old one goes
-        on.
-        """
-        seen = self._settings.stamp
+    async def _follow(self, control: ControlPlane, changed: Callable[[], Awaitable[Settings]]) -> None:
+        """Run what the config file says, whenever it has changed."""
         while True:
-            await self._look.wait()
-            self._look.clear()
-            now = stamp(self._settings.path)
-            if not self._is_asked and (now == seen or now is None):
-                continue
-            seen, self._is_asked = now, False
-            try:
-                settings = await asyncio.to_thread(load, self._settings.path)
-            except ConfigError as error:
-                metrics.config_reloaded(success=False)
-                _log.error("config_refused", config=self._settings.path, mistakes=list(error.mistakes))
-                continue
-            metrics.config_reloaded(success=True)
-            kept = [name for name in _FIXED if getattr(settings, name) != getattr(self._settings, name)]
-            if kept:
-                _log.warning("restart_needed", keys=kept, meaning="these keys are read at the start only")
-            configure_logging(settings.log, settings.secrets())
-            for warning in settings.warnings:
-                _log.warning("config_warning", warning=warning)
-            self._settings = settings
+            self._settings = settings = await changed()
             await control.apply(settings)
             _log.info("config_reloaded", config=settings.path, mappings=len(settings.mappings))
+
+
+def member_name(rng: random.Random) -> str:
+    """Of this process in the fleet; another one each time."""
+    return f"{socket.gethostname()}/{os.getpid()}/{rng.getrandbits(32):08x}"
 
 
 _FOLLOW_INTERVAL = 2.0

@@ -298,8 +298,8 @@ class Probe(Protocol):
         ...
 
 
-class Control(Protocol):
-    """What the HTTP server may ask of the daemon. Mapping operations answer EventSourceMappingConfiguration objects."""
+class Overview(Protocol):
+    """How the daemon does."""
 
     def status(self) -> Sequence[MappingStatus]:
         """Every mapping, now. Cheap enough for each scrape."""
@@ -312,6 +312,10 @@ class Control(Protocol):
     def unready(self) -> Sequence[str]:
         """What has not been reached yet since the start, a sentence each; empty when ready."""
         ...
+
+
+class Control(Overview, Protocol):
+    """What the HTTP server may ask of the daemon. Mapping operations answer EventSourceMappingConfiguration objects."""
 
     async def create(self, document: MappingABC[str, Any]) -> dict[str, Any]:
         """CreateEventSourceMapping. ApiError."""

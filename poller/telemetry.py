@@ -12,15 +12,16 @@ import platform
 import re
 import sys
 from collections import Counter as Tally
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field
 from typing import Any, TextIO, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import prometheus_client
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, Sample
 from prometheus_client.exposition import generate_latest as render_text
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
@@ -231,15 +232,101 @@ class EventCounts:
     dropped: int
     lost: int
 
+    def __add__(self, other: "EventCounts") -> "EventCounts":
+        return EventCounts(
+            self.succeeded + other.succeeded,
+            self.failed + other.failed,
+            self.dropped + other.dropped,
+            self.lost + other.lost,
+        )
+
+
+_NO_EVENTS = EventCounts(0, 0, 0, 0)
+
 
 _LEASE_REASONS = ("taken", "handed_over", "expired", "given", "released", "lost")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsReport:
+    """What one process has counted, for another one that shows it. Plain values: it may be pickled.
+
+    `losses`: records lost, by mapping and shard. `counts`: see `Metrics.counts`.
+    """
+
+    families: tuple[Metric, ...] = ()
+    losses: MappingABC[Labels, MappingABC[ShardId, int]] = field(default_factory=dict)
+    counts: MappingABC[MappingId, EventCounts] = field(default_factory=dict)
+
+
+def summed(reports: Iterable[MetricsReport]) -> MetricsReport:
+    """Everything added up, sample by sample: counters, buckets and gauges alike."""
+    families: dict[str, tuple[Metric, dict[tuple[str, tuple[tuple[str, str], ...]], float]]] = {}
+    losses: dict[Labels, dict[ShardId, int]] = {}
+    counts: dict[MappingId, EventCounts] = {}
+    for report in reports:
+        for family in report.families:
+            _, values = families.setdefault(family.name, (family, {}))
+            for sample in family.samples:
+                key = (sample.name, tuple(sample.labels.items()))
+                values[key] = values.get(key, 0.0) + sample.value
+        for names, by_shard in report.losses.items():
+            found = losses.setdefault(names, {})
+            for shard, count in by_shard.items():
+                found[shard] = found.get(shard, 0) + count
+        for mapping, count_of in report.counts.items():
+            counts[mapping] = counts.get(mapping, _NO_EVENTS) + count_of
+    return MetricsReport(tuple(_family(metric, values) for metric, values in families.values()), losses, counts)
+
+
+def _family(like: Metric, values: MappingABC[tuple[str, tuple[tuple[str, str], ...]], float]) -> Metric:
+    made = Metric(like.name, like.documentation, like.type, like.unit)
+    made.samples = [Sample(name, dict(labels), value) for (name, labels), value in values.items()]
+    return made
+
+
+def lasting(report: MetricsReport, alive: Collection[Labels]) -> MetricsReport:
+    """What outlives the process that counted it, counters and histograms, of the mappings that are still there."""
+    mappings = {names[0] for names in alive}
+
+    def stays(sample: Sample) -> bool:
+        return "mapping" not in sample.labels or tuple(sample.labels[name] for name in _LABELS) in alive
+
+    return MetricsReport(
+        tuple(
+            _family(family, {(s.name, tuple(s.labels.items())): s.value for s in family.samples if stays(s)})
+            for family in report.families
+            if family.type in {"counter", "histogram"}
+        ),
+        {names: by_shard for names, by_shard in report.losses.items() if names in alive},
+        {mapping: count for mapping, count in report.counts.items() if mapping in mappings},
+    )
+
+
+# What several processes have in common, so that a sum of it would mean nothing.
+_COMMON = frozenset(
+    {
+        "poller_build_info",
+        "poller_config_reloads",
+        "poller_config_last_reload_success",
+        "process_start_time_seconds",
+        "process_max_fds",
+    }
+)
 
 
 class Metrics:
     """Every metric of the process. Belongs to the event loop's thread."""
 
-    def __init__(self, clock: Clock, status: Callable[[], Sequence[MappingStatus]]) -> None:
-        """`status` is asked at each scrape, never before."""
+    def __init__(
+        self,
+        clock: Clock,
+        status: Callable[[], Sequence[MappingStatus]],
+        others: Callable[[], Sequence[MetricsReport]] = tuple,
+    ) -> None:
+        """`status` is asked at each scrape, never before. `others`: what other processes have counted that are shown
+        together with this one; asked at each scrape too.
+        """
         # Doubles the series for an instant that nobody queries. Process-wide: the library has no other switch.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = self._registry = CollectorRegistry()
@@ -270,6 +357,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._clock = clock
         self._status = status
+        self._others = others
 
     def observer(self, mapping: Mapping) -> MappingObserver:
         """The observer of a mapping; the same one, still counting, until the mapping's labels change."""
@@ -289,7 +377,20 @@ class Metrics:
 
     def counts(self) -> dict[MappingId, EventCounts]:
         """What each mapping has counted up to now. A mapping whose labels change begins again at 0."""
-        return {mapping: series.counts() for mapping, series in self._observers.items()}
+        counts = {mapping: series.counts() for mapping, series in self._observers.items()}
+        for report in self._others():
+            for mapping, count in report.counts.items():
+                counts[mapping] = counts.get(mapping, _NO_EVENTS) + count
+        return counts
+
+    async def report(self) -> MetricsReport:
+        """What this process has counted, but for what it has in common with the one that asks."""
+        losses, counts = self._losses(), self.counts()
+        families = await asyncio.to_thread(lambda: tuple(self._registry.collect()))
+        return MetricsReport(tuple(f for f in families if f.name not in _COMMON), losses, counts)
+
+    def _losses(self) -> dict[Labels, dict[ShardId, int]]:
+        return {series.names: dict(series.losses) for series in self._observers.values()}
 
     def store_observer(self) -> StoreObserver:
         """The observer of the store."""
@@ -313,8 +414,9 @@ class Metrics:
 
         The status is read here; its text is made in a thread, because a thousand shards are 40 ms of it.
         """
-        losses = {series.names: dict(series.losses) for series in self._observers.values()}
-        scrape = _Scrape(self._registry, tuple(self._status()), losses, self._clock.now())
+        scrape = _Scrape(
+            self._registry, tuple(self._status()), self._losses(), tuple(self._others()), self._clock.now()
+        )
         if _prefers_openmetrics(accept):
             return await asyncio.to_thread(openmetrics.generate_latest, scrape), openmetrics.CONTENT_TYPE_LATEST
         return await asyncio.to_thread(render_text, scrape), "text/plain; version=0.0.4; charset=utf-8"
@@ -493,12 +595,14 @@ class _Scrape(Collector):
         self,
         registry: CollectorRegistry,
         status: tuple[MappingStatus, ...],
-        losses: dict[Labels, dict[ShardId, int]],
+        losses: MappingABC[Labels, MappingABC[ShardId, int]],
+        others: tuple[MetricsReport, ...],
         now: float,
     ) -> None:
         self._registry = registry
         self._status = status
-        self._losses = losses
+        self._own_losses = losses
+        self._others = others
         self._now = now
 
     def collect(self) -> Iterator[Metric]:
@@ -522,6 +626,10 @@ class _Scrape(Collector):
         )
         leases = GaugeMetricFamily("poller_leases", "Leases of shards, as this process sees them.", labels=("state",))
         held: Tally[str] = Tally()
+        report = MetricsReport(tuple(self._registry.collect()), self._own_losses)
+        if self._others:
+            report = summed((report, *self._others))
+        lost_by_shard = {names: dict(by_shard) for names, by_shard in report.losses.items()}
         for mapping in self._status:
             names: Labels = (mapping.id, mapping.function, str(mapping.source))
             circuit.add_metric(names, mapping.breaker != "closed")
@@ -531,7 +639,7 @@ class _Scrape(Collector):
             held.update(shard.lease for shard in mapping.shards if shard.lease)
             for state in ShardState:
                 states.add_metric((*names, state), counts[state])
-            losses = self._losses.setdefault(names, {})
+            losses = lost_by_shard.setdefault(names, {})
             for shard in mapping.shards:
                 if shard.state not in _WORKED:
                     continue
@@ -542,10 +650,10 @@ class _Scrape(Collector):
                 for family, value in ((age, ages.iterator_age), (behind, ages.lag), (headroom, ages.headroom)):
                     if value is not None:
                         family.add_metric(shard_names, value)
-        for names, by_shard in self._losses.items():
+        for names, by_shard in lost_by_shard.items():
             for shard_id, count in by_shard.items():
                 lost.add_metric((*names, shard_id), count)
         for lease in ("owned", "other", "free", "expired"):
             leases.add_metric((lease,), held[lease])
-        yield from self._registry.collect()
+        yield from report.families
         yield from (age, behind, headroom, blocked, states, leases, circuit, lost)

@@ -5,6 +5,7 @@ from collections import deque
 from contextlib import suppress
 from math import inf
 from types import TracebackType
+from typing import Protocol
 
 
 class _Slots:
@@ -124,27 +125,43 @@ class _Permits:
             self._changed.set()
 
 
+class Lender(Protocol):
+    """Slots of one function that several processes share."""
+
+    async def take(self, limit: int) -> None:
+        """Wait until fewer than `limit` are taken by all of them, and take one."""
+        ...
+
+    def give_back(self) -> None:
+        """One that was taken here."""
+        ...
+
+
 class Gate:
     """What a function may be asked to do: slots for invocations at once, and permits for invocations a second. Both are
     first come first served, and both may change at any time.
 
-    `limit`: slots, None for as many as are asked for. `rate`: invocations a second, from 0.001, None for no bound; then
+    `limit`: slots, None for as many as are asked for; with a `lender` they are its, and this process may use up to all
+    of them. `rate`: invocations a second, from 0.001, None for no bound; then
     no window of `rate`'s period ever has more permits than it allows. `users`: mappings that share the gate.
 
     A stream enters with `async with`: a slot, then a permit. A queue takes them apart, because it may give an unused
     permit back.
     """
 
-    def __init__(self, limit: int | None, rate: float | None = None) -> None:
+    def __init__(self, limit: int | None, rate: float | None = None, lender: Lender | None = None) -> None:
         self.users = 0
         self._slots = _Slots()
         self._permits = _Permits()
-        self.resize(limit, rate)
+        self._limit = limit
+        self._loans: list[Lender] = []
+        self.resize(limit, rate, lender)
 
-    def resize(self, limit: int | None, rate: float | None) -> None:
+    def resize(self, limit: int | None, rate: float | None, lender: Lender | None = None) -> None:
         """Other bounds from now on, for those too who wait. Slots that are taken stay taken and permits that were used
         stay used: under a smaller limit nobody gets a slot before fewer than that are taken.
         """
+        self._limit, self._lender = limit, lender
         self._slots.resize(inf if limit is None else limit)
         self._permits.resize(rate)
 
@@ -162,9 +179,20 @@ class Gate:
     async def acquire(self) -> None:
         """Wait for a slot and take it."""
         await self._slots.take()
+        lender, limit = self._lender, self._limit
+        if lender is None or limit is None:
+            return
+        try:
+            await lender.take(limit)
+        except BaseException:
+            self._slots.give_back()
+            raise
+        self._loans.append(lender)
 
     def release(self) -> None:
         """Give a slot back."""
+        if self._loans:
+            self._loans.pop().give_back()
         self._slots.give_back()
 
     async def permit(self) -> float:

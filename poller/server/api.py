@@ -17,6 +17,9 @@ PREFIX = "/2015-03-31/event-source-mappings"
 TAGS_PREFIX = "/2017-03-31/tags/"
 IDENTITY = web.RequestKey("identity", str)
 """Who sent the request: an access key id, `bearer`, or `local` where no credentials are asked for."""
+REMOTE = web.RequestKey("remote", str)
+"""The address that it came from."""
+REQUEST_ID = web.RequestKey("request_id", str)
 MAX_BODY_BYTES = 1024 * 1024
 BODY_TIMEOUT = 10.0
 _MAX_PAGE = 100

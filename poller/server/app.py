@@ -22,6 +22,7 @@ from poller.errors import ApiError, PollerError, StoreUnavailable
 from poller.ports import Clock, Control
 from poller.server import api, operate, page, sigv4
 from poller.server.history import History
+from poller.server.remote import IDENTITY, REMOTE, REQUEST_ID, Private, Remote
 from poller.server.sigv4 import Unauthorized
 from poller.server.status import status_document
 from poller.settings import AccessKeys, BearerAuth, ServerSettings
@@ -48,14 +49,18 @@ class Server:
     def __init__(
         self,
         settings: ServerSettings,
-        control: Control,
+        control: Control | Remote,
         metrics: Metrics,
         clock: Clock,
         ids: random.Random,
         *,
         wall: Callable[[], float] = wall_clock,
+        private: Private | None = None,
     ) -> None:
-        """`ids` makes the request ids, which every log line of a request carries. `history`: whoever starts the server
+        """`control`: `Remote` where workers do what is asked for. `private`: this is one of them, and serves the one
+        that asks the others' questions; then `settings` do not matter.
+
+        `ids` makes the request ids, which every log line of a request carries. `history`: whoever starts the server
         runs it beside.
 
         `wall`: epoch seconds to hold the date of a signature against. Not `clock`, which does not follow when the wall
@@ -73,6 +78,7 @@ class Server:
         }
         self._next_report = -inf  # when a refusal may be logged again
         self._unreported = 0
+        self._private = private
         self._is_local = _is_loopback(settings.host)
         self.history = History(control, metrics, clock)
         app = web.Application(middlewares=[self._answer, self._guard], client_max_size=api.MAX_BODY_BYTES)
@@ -83,16 +89,25 @@ class Server:
                 web.get("/readyz", self._get_ready),
                 web.get("/api/status", self._get_status),
                 web.get("/", self._get_page),
-                *api.routes(control),
-                *operate.routes(control),
+                *(
+                    control.routes()
+                    if isinstance(control, Remote)
+                    else (*api.routes(control), *operate.routes(control))
+                ),
             ]
         )
+        if private is not None:
+            app.add_routes([web.get("/report", self._get_report)])
         self._runner = web.AppRunner(
             app, access_log=None, keepalive_timeout=IDLE_TIMEOUT, shutdown_timeout=SHUTDOWN_TIMEOUT
         )
 
     async def start(self) -> int:
         """Listen; answers the port, a free one when the settings say 0. PollerError: the address cannot be had."""
+        if self._private is not None:
+            await self._runner.setup()
+            await web.UnixSite(self._runner, self._private.path).start()
+            return 0
         host, port = self._settings.host, self._settings.port
         await self._runner.setup()
         try:
@@ -119,6 +134,9 @@ class Server:
     async def _answer(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Every answer has a request id; every error has AWS's shape and tells nothing of the inside."""
         request_id = str(UUID(int=self._ids.getrandbits(128), version=4))
+        if self._private is not None:
+            request_id = request.headers.get(REQUEST_ID, request_id)
+        request[api.REQUEST_ID] = request_id
         try:
             with structlog.contextvars.bound_contextvars(request_id=request_id):
                 response = await handler(request)
@@ -152,6 +170,11 @@ class Server:
 
         The resource that matched decides, not the text of the path, so no spelling of a path gets around this.
         """
+        if self._private is not None:
+            request[api.IDENTITY] = request.headers.get(IDENTITY, "local")
+            request[api.REMOTE] = request.headers.get(REMOTE, "")
+            return await handler(request)
+        request[api.REMOTE] = request.remote or ""
         resource = request.match_info.route.resource
         if resource is not None and resource.canonical in _ALWAYS_OPEN:
             return await handler(request)
@@ -233,16 +256,27 @@ class Server:
 
     # --- the paths ---
 
+    async def _refresh(self) -> None:
+        if isinstance(self._control, Remote):
+            await self._control.refresh()
+
+    async def _get_report(self, _request: web.Request) -> web.Response:
+        assert self._private is not None
+        return web.Response(body=await self._private.report())
+
     async def _get_metrics(self, request: web.Request) -> web.Response:
+        await self._refresh()
         body, content_type = await self._metrics.exposition(request.headers.get(hdrs.ACCEPT, ""))
         return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def _get_health(self, _request: web.Request) -> web.Response:
         """That this answers at all shows that the loop turns."""
+        await self._refresh()
         reason = self._control.health()
         return web.Response(text="ok\n") if reason is None else web.Response(status=503, text=f"{reason}\n")
 
     async def _get_ready(self, _request: web.Request) -> web.Response:
+        await self._refresh()
         missing = self._control.unready()
         if missing:
             return web.Response(status=503, text="".join(f"{reason}\n" for reason in missing))
@@ -250,12 +284,14 @@ class Server:
 
     async def _get_status(self, request: web.Request) -> web.Response:
         """With `?history=1` each mapping has its last hour too."""
+        await self._refresh()
         make = self._snapshot(with_series=request.query.get("history") == "1")
         return web.Response(
             text=await asyncio.to_thread(lambda: json.dumps(make())), content_type="application/json", charset="utf-8"
         )
 
     async def _get_page(self, request: web.Request) -> web.Response:
+        await self._refresh()
         make, view = self._snapshot(with_series=True), page.View.of(request.query)
         text = await asyncio.to_thread(lambda: page.render(make(), view))
         return web.Response(text=text, content_type="text/html", headers=page.HEADERS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import nan
 
 from poller.core.model import MappingId
-from poller.ports import Clock, Control
+from poller.ports import Clock, Overview
 from poller.runtime.waiting import sleep_until
 from poller.telemetry import EventCounts, Metrics, worst_lag
 
@@ -46,7 +46,7 @@ class Recent:
 class History:
     """Samples every mapping; bounded: 3 KB a mapping, none for one that is gone. Belongs to the loop's thread."""
 
-    def __init__(self, control: Control, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, control: Overview, metrics: Metrics, clock: Clock) -> None:
         self._control = control
         self._metrics = metrics
         self._clock = clock

@@ -6,7 +6,7 @@ MAPPING is a UUID, the beginning of one, or the name of a function that one mapp
 from aiohttp import web
 
 from poller.ports import Control
-from poller.server.api import IDENTITY, read_document
+from poller.server.api import IDENTITY, REMOTE, read_document
 
 PREFIX = "/api/mappings"
 
@@ -33,4 +33,4 @@ def routes(control: Control) -> list[web.RouteDef]:
 
 def _who(request: web.Request) -> str:
     """For the audit line: with which credentials, and from where."""
-    return f"{request[IDENTITY]} from {request.remote}"
+    return f"{request[IDENTITY]} from {request[REMOTE]}"

@@ -111,6 +111,11 @@ class SqliteStore:
             raise
         return store
 
+    @property
+    def lock(self) -> int | None:
+        """The descriptor of the lock, None without one. A process that inherits it holds the lock too until it ends."""
+        return self._file.lock
+
     async def create(self, mapping: MappingId, rows: Sequence[Row]) -> None:
         """Put each row that is absent; rows that exist stay as they are. All or none."""
         await self._ask("create", _create, mapping, tuple(rows))
@@ -265,13 +270,13 @@ class _Answer(NamedTuple):
 
 
 class _File:
-    """The lock and the connection. Used by the writer thread alone, but for `path`."""
+    """The lock and the connection. Used by the writer thread alone, but for `path` and `lock`."""
 
     def __init__(self, path: str, *, exclusive: bool) -> None:
         self.path = path
         self._exclusive = exclusive
         self._real = os.path.realpath(path)  # so that every name of the file leads to the same lock
-        self._lock: int | None = None  # file descriptor
+        self.lock: int | None = None  # file descriptor
         self._connection: sqlite3.Connection | None = None
         self._identity = (0, 0)  # device and inode, once it is open: it stays the same file
         self._opened = False  # once: from then on a missing file is an error and not a fresh start
@@ -313,9 +318,9 @@ class _File:
     def close(self) -> None:
         """Close the file, free the lock."""
         self._disconnect()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -358,10 +363,10 @@ class _File:
     def _prepare_path(self) -> None:
         """Lock and make the file. OSError, StoreInUse."""
         if self._exclusive and not self._opened:
-            if self._lock is None:
+            if self.lock is None:
                 with suppress(FileExistsError):  # should it be no directory, the next line says so
                     Path(self._real).parent.mkdir(mode=0o700, parents=True)
-                self._lock = _lock(f"{self._real}-lock", self.path)
+                self.lock = _lock(f"{self._real}-lock", self.path)
             # Only a file that is absent is opened here: closing one that SQLite has open elsewhere in this process
             # would drop SQLite's own locks on it (POSIX).
             with suppress(FileExistsError):

@@ -8,12 +8,16 @@ import sys
 from poller.errors import ConfigError
 from poller.verbs.common import OK, Verbs, add_config, add_verb, seconds
 
+_MOST_WORKERS = 64
+
 
 def add(verbs: Verbs) -> None:
     """Add them."""
     run = add_verb(verbs, "run", "run the daemon until SIGTERM or SIGINT", _run)
     add_config(run)
-    run.add_argument("--workers", type=_workers, default=1, metavar="N", help="processes (this version: 1)")
+    run.add_argument(
+        "--workers", type=_workers, default=1, metavar="N", help="processes to share the work (default: 1)"
+    )
     validate = add_verb(verbs, "validate", "check the config file and print the resolved mappings", _validate)
     add_config(validate)
     validate.add_argument("--connect", action="store_true", help="also reach all that it names")
@@ -23,16 +27,22 @@ def add(verbs: Verbs) -> None:
 
 
 def _workers(text: str) -> int:
-    if text != "1":
-        raise argparse.ArgumentTypeError("more than one worker is not in this version yet; leave it out or give 1")
-    return 1
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= _MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {_MOST_WORKERS}")
+    return int(text)
 
 
 def _run(given: argparse.Namespace) -> int:
-    from poller.app import run
     from poller.config import find_path, load
 
-    return run(load(find_path(given.config)))
+    settings = load(find_path(given.config))
+    if given.workers > 1:
+        from poller.workers.parent import run as run_workers
+
+        return run_workers(settings, given.workers)
+    from poller.app import run
+
+    return run(settings)
 
 
 def _validate(given: argparse.Namespace) -> int:

@@ -100,8 +100,11 @@ class Daemon:
     def __init__(self, folder: Path, config: dict[str, Any], environment: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.path = folder / "poller.yaml"
+        self.arguments: list[str] = []  # of `run`, beside `-c`
         self.environment = {**os.environ, **(environment or {})}
-        self.write({"store": f"sqlite:///{str(folder).lstrip('/')}/poller.db", "server": {"port": 0}, **config})
+        store = f"sqlite:///{str(folder).lstrip('/')}/poller.db"
+        self.config = {"store": store, "server": {"port": 0}, **config}
+        self.write(self.config)
         self.process: asyncio.subprocess.Process | None = None
         self.port = 0
         self.logs: list[dict[str, Any]] = []
@@ -115,7 +118,7 @@ class Daemon:
     async def start(self, *, wait: bool = True) -> None:
         self._started.clear()
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "poller", "run", "-c", str(self.path),
+            sys.executable, "-m", "poller", "run", "-c", str(self.path), *self.arguments,
             stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL, env=self.environment, limit=2**22,
         )  # fmt: skip
         self._reading = asyncio.create_task(self._read(self.process))

@@ -538,3 +538,65 @@ def test_permits_hold_whatever_changes(seed: int) -> None:
         assert served == sorted(served)
 
     run_virtual(main())
+
+
+# --- slots that are lent
+
+
+class Shared:
+    """A lender of so many slots; another process's for all that the gates know."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.most = 0
+        self._slots = Gate(0)
+
+    async def take(self, limit: int) -> None:
+        self._slots.resize(limit, None)
+        await self._slots.acquire()
+        self.taken += 1
+        self.most = max(self.most, self.taken)
+
+    def give_back(self) -> None:
+        self.taken -= 1
+        self._slots.release()
+
+
+def test_gates_with_one_lender_share_its_slots() -> None:
+    """Never more than the limit of them all together; each is given back, by whoever gives up waiting too."""
+
+    async def main():
+        lender, rng, done = Shared(), random.Random(1), 0
+        gates = [Gate(2, None, lender) for _ in range(3)]
+
+        async def use(gate: Gate) -> None:
+            nonlocal done
+            with suppress(TimeoutError):
+                async with asyncio.timeout(rng.choice((None, 0.5))), gate:
+                    await asyncio.sleep(rng.uniform(0, 0.3))
+                    done += 1
+
+        await asyncio.gather(*(use(rng.choice(gates)) for _ in range(200)))
+        assert lender.most == 2
+        assert lender.taken == 0
+        assert done > 100
+        assert all(gate.is_unused for gate in gates)
+
+    run_virtual(main())
+
+
+def test_a_loan_goes_back_to_its_lender_after_the_gate_has_changed() -> None:
+    """More slots than workers now, or another lender: what was lent is returned where it came from."""
+
+    async def main():
+        lender = Shared()
+        gate = Gate(1, None, lender)
+        await gate.acquire()
+        gate.resize(5, None)
+        await gate.acquire()
+        gate.release()
+        gate.release()
+        assert lender.taken == 0
+        assert gate.is_unused
+
+    run_virtual(main())

@@ -76,7 +76,15 @@ def test_status_without_a_daemon_is_a_sentence(capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["demo", "--duration", "x"], ["demo", "--duration", "-1"], ["run", "--workers", "4"], ["nonsense"]]
+    "arguments",
+    [
+        ["demo", "--duration", "x"],
+        ["demo", "--duration", "-1"],
+        ["run", "--workers", "0"],
+        ["run", "--workers", "65"],
+        ["run", "--workers", "x"],
+        ["nonsense"],
+    ],
 )
 def test_bad_arguments_are_usage_errors(arguments, capsys) -> None:
     """Exit 2, one sentence."""

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import pickle
 import re
 import threading
 import warnings
@@ -23,7 +24,7 @@ from poller.core.model import (
     SourceSpec,
 )
 from poller.settings import LogSettings
-from poller.telemetry import Metrics, configure_logging, shard_ages
+from poller.telemetry import EventCounts, Metrics, configure_logging, lasting, shard_ages, summed
 
 NOW = 1_000_000.0
 
@@ -479,3 +480,65 @@ def test_logging_can_be_configured_again(stream):
     structlog.get_logger().info("too_quiet")
     logging.getLogger("lib").error("new-secret")
     assert [line["message"] for line in lines(stream)] == ["***"]
+
+
+# --- several processes, one exposition
+
+
+async def counted(*, invoked=0, lost=0):
+    """What a worker reports."""
+    metrics = Metrics(FixedClock(), list)
+    observer = metrics.observer(mapping())
+    observer.invoking(1)
+    for _ in range(invoked):
+        observer.invoked("success", 3, 0.02)
+    observer.lost("s1", lost)
+    return await metrics.report()
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text"])
+async def test_several_processes_are_one_exposition(accept):
+    """Counters, buckets and gauges are sums; what they have in common stands there once; both formats parse."""
+    reports = [await counted(invoked=2, lost=1), await counted(invoked=3, lost=4)]
+    running = status(ShardStatus("s1", ShardState.RUNNING))
+    metrics = Metrics(FixedClock(), lambda: [running], lambda: reports)
+    text, _ = await metrics.exposition(accept)
+    parse = parse_openmetrics if accept else parse_text
+    found = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in parse(text.decode())
+        for sample in family.samples
+    }
+    assert found[key("poller_invoked_events_total")] == 15
+    assert found[key("poller_invocations_total", outcome="success")] == 5
+    assert found[key("poller_invocation_duration_seconds_count")] == 5
+    assert found[key("poller_invocation_duration_seconds_bucket", le="0.025")] == 5
+    assert found[key("poller_invocation_duration_seconds_bucket", le="0.01")] == 0
+    assert found[key("poller_concurrent_invocations")] == 2
+    assert found[key("poller_records_lost_total", shard="s1")] == 5
+    assert found[key("poller_shards", state="running")] == 1
+    assert [value for (name, _), value in found.items() if name == "poller_build_info"] == [1]
+    assert found["poller_config_reloads_total", (("outcome", "success"),)] == 0
+    assert metrics.counts() == {"m1": EventCounts(15, 0, 0, 5)}
+
+
+async def test_what_a_dead_process_counted_stays_as_long_as_its_mapping():
+    """Its counters and histograms, not its gauges; nothing of a mapping that is gone or changed its function."""
+    report = lasting(await counted(invoked=2, lost=1), {("m1", "orders", "kinesis")})
+    metrics = Metrics(FixedClock(), list, lambda: [report])
+    found = await scrape(metrics)
+    assert found[key("poller_invoked_events_total")] == 6
+    assert found[key("poller_records_lost_total", shard="s1")] == 1
+    assert key("poller_concurrent_invocations") not in found
+    for gone in (set(), {("m1", "others", "kinesis")}):
+        left = lasting(report, gone)
+        found = await scrape(Metrics(FixedClock(), list, lambda left=left: [left]))
+        assert not [name for name, labels in found if dict(labels).get("mapping")]
+
+
+async def test_reports_can_be_handed_to_another_process():
+    """Pickled and back they say the same."""
+    report = await counted(invoked=1, lost=2)
+    again = pickle.loads(pickle.dumps(report))
+    assert summed([report, again]).counts == {"m1": EventCounts(6, 0, 0, 4)}
+    assert {family.name for family in again.families} == {family.name for family in report.families}
