@@ -1,4 +1,4 @@
-"""Everything that must be green: `python -m tests`. Arguments go to pytest."""
+"""Everything that must be green: `python -m tests`. Arguments go to pytest; `-n 0` for one process."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ STEPS = (
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
     ["mypy"],
-    ["pytest", "-q"],
+    ["pytest", "-q", "-n", "2", "--dist", "loadfile"],  # much of it waits for other processes
 )
 
 
