@@ -28,8 +28,8 @@ class Sightings:
             known = self._seen.get(member)
             if known is None or known[0] != beat:
                 self._seen[member] = (beat, now)
-        # One that left gave its leases up before, or died: its leases have the time of one that stopped beating.
-        for member in [member for member in self._seen if member not in beats and not self.is_live(member, now)]:
+        # One that left may still be named in rows: forgotten too soon, it would be new, and so alive, once more.
+        for member in self.silent([member for member in self._seen if member not in beats], now):
             del self._seen[member]
 
     def is_live(self, member: str, now: float) -> bool:

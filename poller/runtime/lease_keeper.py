@@ -102,9 +102,11 @@ class LeaseKeeper:
             try:
                 # A reply that is slow is no reply: the fence counts from before the call was sent.
                 async with asyncio.timeout_at(self._clock.loop(sent + self._duration / _BEATS)):
+                    self._look_at_fence()  # suspended until now, perhaps, and woken before the guard
                     me = self.me
                     await self._store.beat(Member(me, self._beat + 1, self._info))
                     self._beat += 1
+                    self._look_at_fence()
                     if me != self.me:
                         continue  # fenced meanwhile: the old name has beaten
                     self._fence = sent + self._duration * (1 - leasing.MARGIN)
@@ -134,20 +136,22 @@ class LeaseKeeper:
     async def _guard(self) -> None:
         """Give everything up when the fence passes."""
         while True:
-            fence = self._fence
-            await sleep_until(self._clock, max(fence, self._clock.now() + 0.05))
-            if self._fence > fence or fence == -inf:
-                continue
-            _log.error("leases_fenced", meaning="no beat got through in time: others may take what was held here")
-            for lose in list(self._lost):
-                lose()
-            # The others may call the old name dead until they see its next beat. Under it they would take what was
-            # handed to us in between.
-            self._dead.add(self.me)
-            self._lives += 1
-            self.me = f"{self._name}.{self._lives}"
-            while self.is_fenced:
-                await sleep_until(self._clock, self._clock.now() + self._duration / _BEATS)
+            await sleep_until(self._clock, max(self._fence, self._clock.now() + 0.05))
+            self._look_at_fence()
+
+    def _look_at_fence(self) -> None:
+        """Give everything up if the fence has passed; no beat may move a fence that has."""
+        if self._fence == -inf or not self.is_fenced:
+            return
+        _log.error("leases_fenced", meaning="no beat got through in time: others may take what was held here")
+        self._fence = -inf
+        for lose in list(self._lost):
+            lose()
+        # The others may call the old name dead until they see its next beat. Under it they would take what was
+        # handed to us in between.
+        self._dead.add(self.me)
+        self._lives += 1
+        self.me = f"{self._name}.{self._lives}"
 
     async def leave(self) -> None:
         """Everything was released: the others need not wait for our death."""

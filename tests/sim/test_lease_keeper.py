@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 import structlog
 
 from poller.core.model import TRIM_HORIZON, Checkpoint, Member, Row
@@ -200,3 +201,18 @@ def test_what_is_at_work_here_is_not_taken_again() -> None:
         assert setup.keeper.plan("m", [row]).take == ("a",)
 
     keeping(work, alone=True)
+
+
+@pytest.mark.parametrize("at", range(20, 30))
+def test_a_member_that_was_suspended_is_another_one(at: int) -> None:
+    """Its beat and its guard wake together; whichever is first, no beat moves a fence that has passed."""
+
+    async def work(setup: Setup) -> None:
+        await asyncio.sleep(at)
+        asyncio.get_running_loop().virtual += 30  # SIGSTOP, SIGCONT: no timer ran in between
+        await asyncio.sleep(1)
+        assert len(setup.lost) == 1
+        assert setup.keeper.me != "me"
+        assert not setup.keeper.is_fenced, "it goes on as another"
+
+    keeping(work)

@@ -129,14 +129,18 @@ def test_an_owner_that_nobody_has_heard_of_gets_a_duration() -> None:
     assert not sightings.is_live("new", 15.1)
 
 
-def test_one_that_left_is_forgotten_in_time() -> None:
-    """Not before a duration: its leases may still be in rows that were read earlier."""
+def test_one_that_left_stays_dead() -> None:
+    """Rows may name it still, handed over as it went: forgotten at once it would be new, and alive, again and again."""
     sightings = Sightings(10.0)
     sightings.saw({"a": 1}, 0.0)
-    sightings.saw({}, 5.0)
-    assert sightings.is_live("a", 9.0)
-    sightings.saw({}, 11.0)
-    assert sightings._seen == {}
+    for now in range(1, 11):
+        sightings.saw({}, float(now))
+        assert sightings.is_live("a", float(now))
+    for now in range(11, 300):
+        sightings.saw({}, float(now))
+        assert not sightings.is_live("a", float(now))
+    sightings.saw({}, 301.0)
+    assert sightings._seen == {}, "nobody names it any more by then"
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 5, 100])
