@@ -95,14 +95,14 @@ def queue_of(arn: str, **more) -> dict:
     return {"EventSourceArn": arn, "FunctionName": "f", **more}
 
 
-def assert_within_promise(ledger: Ledger, kills: list[float]) -> int:
+def assert_within_promise(ledger: Ledger, kills: list[float], interval: float = 0.1) -> int:
     """After a crash only what was in flight or finished within the last interval is delivered again (promise 4)."""
     again = ledger.redelivered()
     for name, deliveries in again.items():
         for earlier, later in itertools.pairwise(deliveries):
             crash = next((kill for kill in kills if earlier.at <= kill <= later.at), None)
             assert crash is not None, f"{name} was delivered twice without a crash"
-            assert crash - earlier.at < 0.1 + SLACK, f"{name} was delivered {crash - earlier.at:.1f} s before the crash"
+            assert crash - earlier.at < interval + SLACK, f"{name} was delivered {crash - earlier.at:.1f} s before the crash"
     return len(again)
 
 

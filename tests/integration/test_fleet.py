@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -9,8 +10,11 @@ from contextlib import AsyncExitStack
 import pytest
 
 from tests.integration import emulators
+from tests.integration.conftest import REGION
 from tests.integration.daemon import Daemon
 from tests.integration.fleet import (
+    INTERVAL,
+    NEVER,
     SHARDS,
     SLACK,
     SOAK_SECONDS,
@@ -23,8 +27,8 @@ from tests.integration.fleet import (
     under_load,
     wire_to,
 )
-from tests.integration.test_daemon import Aws, queue_of
-from tests.integration.test_streams_on_fake import until
+from tests.integration.test_daemon import Aws, assert_within_promise, config, queue_of, stream_of
+from tests.integration.test_streams_on_fake import Table, until
 
 pytestmark = pytest.mark.integration
 
@@ -193,6 +197,56 @@ async def test_a_queue_has_its_limit_in_the_whole_fleet(open_fleet) -> None:
     assert fleet.target.peak <= 3
     for name in list(fleet.running):
         await fleet.stop(name)
+
+
+async def test_children_follow_their_parents_across_daemons(fake_aws, account, ledger, tmp_path) -> None:
+    """A DynamoDB stream whose shards live for a second, three daemons, kills and stops: each key in order, none missing."""
+    table, total, kills, dice = Table(fake_aws, account, roots=8), 6_000, list[float](), random.Random(3)
+    daemons: list[Daemon] = []
+    async with AsyncExitStack() as stack:
+        store = await stack.enter_async_context(wire_to(store_at("ministack")))
+
+        async def start() -> None:
+            (folder := tmp_path / f"m{len(daemons)}").mkdir()
+            shared = f"dynamodb://leases?region={REGION}&endpoint_url={store.url}&create=true"
+            mapping = stream_of(table.arn, ParallelizationFactor=2)
+            daemon = Daemon(folder, config(fake_aws, ledger, mapping, store=shared, lease_seconds=2.0))
+            daemons.append(daemon)
+            stack.push_async_callback(daemon.close)
+            await daemon.start()
+
+        async def produce() -> None:
+            lines = table.open_shards()
+            rolls = [clock() + dice.uniform(0.5, 1.5) for _ in lines]
+            while len(table.names) < total:
+                table.write(20)
+                for line, at in enumerate(rolls):
+                    if clock() >= at:
+                        [lines[line]] = fake_aws.roll(table.arn, lines[line])
+                        rolls[line] = clock() + dice.uniform(0.5, 1.5)
+                await asyncio.sleep(0.03)
+
+        await asyncio.gather(start(), start(), start())
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(produce())
+            for victim, goal in enumerate((total // 4, total // 2, 3 * total // 4)):
+                await ledger.until(lambda goal=goal: len(ledger.deliveries) >= goal, 60, f"delivery number {goal}")
+                if victim == 1:
+                    assert await daemons[victim].stop() == 0
+                else:
+                    await daemons[victim].kill()
+                    kills.append(clock())
+                await start()
+        await ledger.until(lambda: len(ledger.deliveries) >= total, 60, "the last delivery")
+        for daemon in daemons[3:]:
+            assert await daemon.stop() == 0
+    table.assert_order(ledger)
+    again = assert_within_promise(ledger, kills, INTERVAL)
+    defects = [entry for daemon in daemons for entry in daemon.logs if entry["event"] in NEVER]
+    assert not defects, defects[:3]
+    ended = {entry["shard"]: name for name, daemon in enumerate(daemons) for entry in daemon.events("shard_ended")}
+    assert len(set(ended.values())) >= 4, "several daemons read shards to their ends"
+    print(f"\n{total} records, {len(fake_aws.shards(table.arn))} shards, {again} delivered again")
 
 
 @pytest.mark.soak
