@@ -262,9 +262,10 @@ class Daemon:
     """`poller run`: everything that lives as long as the process. With `worker` it is one of several."""
 
     def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
-        self._settings = settings
+        self.settings = settings  # as last read
         self._worker = worker
         self._grace = settings.shutdown_grace
+        self._is_late = False
         self._stop = asyncio.Event()
         self._file: ConfigFile | None = None
         self._main: asyncio.Task[None] | None = None
@@ -272,6 +273,9 @@ class Daemon:
 
     def stop(self) -> None:
         """Stop in order; asked a second time, at once."""
+        if self._is_late:  # it is stopping already, to begin anew: that is left out
+            self._is_late = False
+            return
         if self._stop.is_set() and self._main is not None:
             _log.warning("stop_forced", meaning="what was in flight is cut off and will be delivered again")
             self._main.cancel()
@@ -287,8 +291,11 @@ class Daemon:
         if self._file is not None:
             self._file.read_again()
 
-    async def run(self) -> None:
-        """Until `stop`. PollerError when it cannot start; CancelledError after a second stop."""
+    async def run(self) -> bool:
+        """Until `stop`: False. True: the wall clock was set back, and somebody should begin anew, with `settings`.
+
+        PollerError when it cannot start; CancelledError after a second stop.
+        """
         self._main = asyncio.current_task()
         loop = asyncio.get_running_loop()
         if self._worker is None:  # a worker is told by its parent
@@ -297,9 +304,10 @@ class Daemon:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
         async with AsyncExitStack() as stack:
             await self._run(stack, SystemClock(loop))
+        return self._is_late
 
-    async def _run(self, stack: AsyncExitStack, clock: Clock) -> None:
-        settings, worker = self._settings, self._worker
+    async def _run(self, stack: AsyncExitStack, clock: SystemClock) -> None:
+        settings, worker = self.settings, self._worker
         rng = system_random()
         metrics = Metrics(clock, lambda: supervisor.status())  # noqa: PLW0108  # made below: it needs the store
         store = await open_store(settings, metrics.store_observer(), stack, exclusive=worker is None)
@@ -345,6 +353,7 @@ class Daemon:
             reloader = tasks.create_task(self._follow(control, worker.settings if worker else file.changed))
             watchers = [] if worker else [tasks.create_task(file.watch()), tasks.create_task(server.history.run())]
             follower = tasks.create_task(self._follow_members(control, clock, is_fleet=is_fleet))
+            timekeeper = tasks.create_task(self._keep_time(clock))
             work = tasks.create_task(supervisor.run())
             await self._stop.wait()
             _log.info("stopping", grace=self._grace)
@@ -357,6 +366,7 @@ class Daemon:
             saver.cancel()
             reloader.cancel()
             follower.cancel()
+            timekeeper.cancel()
             for watcher in watchers:
                 watcher.cancel()
         _log.info("stopped")
@@ -386,10 +396,18 @@ class Daemon:
             except StoreUnavailable as error:
                 _log.error("members_not_followed", error=str(error))
 
+    async def _keep_time(self, clock: SystemClock) -> None:
+        """A wall clock that was set back is followed by beginning anew: nothing that waits would end in time."""
+        while not (behind := clock.behind()):
+            await sleep_until(clock, clock.now() + _CLOCK_INTERVAL)
+        _log.error("clock_set_back", seconds=round(behind, 1), meaning="everything stops in order and begins anew")
+        self._is_late = True
+        self._stop.set()
+
     async def _follow(self, control: ControlPlane, changed: Callable[[], Awaitable[Settings]]) -> None:
         """Run what the config file says, whenever it has changed."""
         while True:
-            self._settings = settings = await changed()
+            self.settings = settings = await changed()
             await control.apply(settings)
             _log.info("config_reloaded", config=settings.path, mappings=len(settings.mappings))
 
@@ -400,6 +418,7 @@ def member_name(rng: random.Random) -> str:
 
 
 _FOLLOW_INTERVAL = 2.0
+_CLOCK_INTERVAL = 1.0
 _FIXED = ("aws", "store", "server", "retry", "limits", "checkpoint_interval", "lease_duration", "shutdown_grace")
 
 
@@ -492,7 +511,8 @@ def run(settings: Settings) -> int:
     for warning in settings.warnings:
         _log.warning("config_warning", warning=warning)
     try:
-        asyncio.run(Daemon(settings).run())
+        while asyncio.run((daemon := Daemon(settings)).run()):
+            settings = daemon.settings
     except asyncio.CancelledError:
         return 1
     except PollerError as error:

@@ -26,10 +26,10 @@ from poller.settings import LambdaFunction
 
 
 class Clock(Protocol):
-    """The one timeline: epoch seconds that never step."""
+    """The one timeline: epoch seconds that never go back. A jump ahead means that the process was suspended."""
 
     def now(self) -> float:
-        """Epoch seconds; moves with the event loop's clock, so differences are true durations."""
+        """Epoch seconds; moves with the event loop's clock, so differences are durations."""
         ...
 
     def loop(self, at: float) -> float:

@@ -16,10 +16,11 @@ def pytest_addoption(parser):
     parser.addoption("--first-seed", type=int, default=0, help="where the seeds begin")
     parser.addoption("--soak", action="store_true", help="run the long tests too")
     parser.addoption("--browser", action="store_true", help="run the tests that need Chromium too")
+    parser.addoption("--deploy", action="store_true", help="run the tests that need the tools of tests/deploy too")
 
 
 def pytest_collection_modifyitems(config, items):
-    for marker in ("soak", "browser"):
+    for marker in ("soak", "browser", "deploy"):
         if config.getoption(f"--{marker}"):
             continue
         deselected = [item for item in items if item.get_closest_marker(marker)]

@@ -29,6 +29,7 @@ from poller.stores import open_store
 from poller.stores.sqlite import SqliteStore
 from poller.telemetry import Metrics, configure_logging
 from poller.workers.channel import Back, Begin, Changed, Channel, Granted, Message, Started, Stop, Take
+from poller.workers.child import SET_BACK_CODE
 from poller.workers.pool import Pool
 
 _log = structlog.get_logger(__name__)
@@ -187,7 +188,7 @@ class Parent:
                 await self._announce(number, life)
             try:
                 code = await self._live(number, life)
-                reason = f"it was killed by signal {-code}" if code < 0 else f"it ended with code {code}"
+                reason = _why(code)
             except OSError as error:  # no processes or descriptors are left
                 code, reason = 1, f"it cannot be started: {error}"
             await self._remote.down(number, reason)
@@ -266,6 +267,12 @@ class Parent:
                     self._pool.take((number, loan), function, limit)
                 case Back(loan=loan):
                     self._pool.back((number, loan))
+
+
+def _why(code: int) -> str:
+    if code == SET_BACK_CODE:
+        return "the wall clock was set back"
+    return f"it was killed by signal {-code}" if code < 0 else f"it ended with code {code}"
 
 
 async def _wait(keepers: Sequence[asyncio.Task[int]]) -> None:

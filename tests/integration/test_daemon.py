@@ -102,7 +102,9 @@ def assert_within_promise(ledger: Ledger, kills: list[float], interval: float = 
         for earlier, later in itertools.pairwise(deliveries):
             crash = next((kill for kill in kills if earlier.at <= kill <= later.at), None)
             assert crash is not None, f"{name} was delivered twice without a crash"
-            assert crash - earlier.at < interval + SLACK, f"{name} was delivered {crash - earlier.at:.1f} s before the crash"
+            assert crash - earlier.at < interval + SLACK, (
+                f"{name} was delivered {crash - earlier.at:.1f} s before the crash"
+            )
     return len(again)
 
 
