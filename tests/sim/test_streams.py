@@ -14,6 +14,7 @@ from tests.sim.loop import VirtualLoop
 from tests.sim.world import SLACK, Node, Plan, World
 
 SEEDS = 2000
+PARTS = 8  # so that several processes share them
 NEVER = {"shard_crashed", "mapping_crashed", "lease_lost", "release_failed"}
 
 
@@ -120,18 +121,20 @@ def run_seed(seed: int) -> World:
     return world
 
 
-def test_streams_keep_every_promise(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_streams_keep_every_promise(request: pytest.FixtureRequest, part: int) -> None:
     """Nothing lost, nothing reordered, nothing repeated beyond the promise, in every world."""
     invocations = redelivered = records = 0
     count = request.config.getoption("--seeds") or SEEDS
     first = request.config.getoption("--first-seed")
-    for seed in range(first, first + count):
+    seeds = range(first + part, first + count, PARTS)
+    for seed in seeds:
         world = run_seed(seed)
         invocations += world.invocations
         redelivered += world.redelivered
         records += len(world.settled)
-    print(f"\n{count} worlds, {records} records, {invocations} invocations, {redelivered} redelivered")
-    assert records > 0
+    print(f"\n{len(seeds)} worlds, {records} records, {invocations} invocations, {redelivered} redelivered")
+    assert records > 0 or not seeds
 
 
 def test_a_seed_replays_exactly() -> None:
