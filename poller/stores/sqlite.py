@@ -399,7 +399,7 @@ class _File:
         if version > newest:
             raise StoreIncompatible(
                 f"The store {self.path} has version {version}, this poller reads versions up to {newest}. "
-                f"Run a newer poller, or name another file in `store`."
+                f"Run a newer poller, or put back the copy that the upgrade left beside it, {self.path}-version-N."
             )
         if version < newest and not self._exclusive:
             raise StoreIncompatible(
@@ -415,6 +415,8 @@ class _File:
                 "needs. Name a file on a local disk in `store`."
             )
         if version < newest:
+            if version:
+                self._keep_copy(connection, version)
             connection.execute("BEGIN IMMEDIATE")
             for statements in MIGRATIONS[version:]:
                 for statement in statements:
@@ -422,6 +424,16 @@ class _File:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {newest}")
             connection.execute("COMMIT")
+
+    def _keep_copy(self, connection: sqlite3.Connection, version: int) -> None:
+        """For a way back to the release that wrote it: whole or not at all, in place of an older one."""
+        kept = f"{self._real}-version-{version}"
+        made = f"{kept}.new"
+        with suppress(FileNotFoundError):
+            Path(made).unlink()
+        os.close(os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))  # SQLite takes an empty file
+        connection.execute("VACUUM INTO ?", (made,))
+        Path(made).replace(kept)
 
 
 def _lock(lock_path: str, path: str) -> int:

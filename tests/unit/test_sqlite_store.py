@@ -307,7 +307,7 @@ async def test_an_empty_file_becomes_a_store(path: Path) -> None:
 
 
 async def test_an_older_store_is_migrated_and_a_newer_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing steps run in order and keep the rows; the way back is refused, naming both versions and the file."""
+    """Missing steps run in order and keep the rows; the way back is a copy that is left, and a refusal names it."""
     store = await SqliteStore.open(str(path), Requests())
     (lease,) = await leased(store, "s1")
     await store.save([(lease, after(5))])
@@ -324,8 +324,31 @@ async def test_an_older_store_is_migrated_and_a_newer_refused(path: Path, monkey
     monkeypatch.setattr(sqlite, "MIGRATIONS", shipped)
     assert await refused(path, StoreIncompatible) == (
         f"The store {path} has version {len(shipped) + 2}, this poller reads versions up to {len(shipped)}. "
-        "Run a newer poller, or name another file in `store`."
+        f"Run a newer poller, or put back the copy that the upgrade left beside it, {path}-version-N."
     )
+    copy = Path(f"{path}-version-{len(shipped)}")
+    assert copy.stat().st_mode & 0o777 == 0o600
+    copy.replace(path)
+    store = await SqliteStore.open(str(path), Requests())
+    assert await values(store) == {"s1": "5"}
+    await store.close()
+
+
+async def test_the_copy_of_an_upgrade_is_whole_or_absent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new store leaves none; one whose copy cannot be made is not touched; what an earlier try left is no obstacle."""
+    await (await SqliteStore.open(str(path), Requests())).close()
+    version = len(sqlite.MIGRATIONS)
+    assert not list(path.parent.glob(f"{path.name}-version-*"))
+    monkeypatch.setattr(sqlite, "MIGRATIONS", (*sqlite.MIGRATIONS, ("CREATE TABLE more (x)",)))
+    obstacle = Path(f"{path}-version-{version}.new")
+    obstacle.mkdir()
+    assert "cannot be opened" in await refused(path, StoreUnavailable)
+    with closing(sqlite3.connect(path)) as shell:
+        assert shell.execute("PRAGMA user_version").fetchone() == (version,)
+    obstacle.rmdir()
+    obstacle.write_text("half a copy")
+    await (await SqliteStore.open(str(path), Requests())).close()
+    assert [found.name for found in path.parent.glob("*-version-*")] == [f"{path.name}-version-{version}"]
 
 
 async def test_the_first_release_left_stores_without_members(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
