@@ -134,15 +134,20 @@ def stub_process(cpus: Cpus) -> Iterator[StubProcess]:
         yield StubProcess(json.loads(line)["port"])
 
 
-def _daemon_config(folder: Path, url: str, source: str, batch: int) -> Path:
-    """The daemon as shipped: every default but the endpoints, a port of its own and a store in a temporary folder."""
-    mapping: dict[str, Any] = {"EventSourceArn": ARNS[source], "FunctionName": "bench", "BatchSize": batch}
+def _mappings(source: str, batch: int, count: int = 1) -> list[dict[str, Any]]:
+    """Mappings of so many streams or queues, which the stub takes for the same one."""
+    mapping: dict[str, Any] = {"FunctionName": "bench", "BatchSize": batch}
     if source != "sqs":
         mapping["StartingPosition"] = "TRIM_HORIZON"
+    return [{"EventSourceArn": ARNS[source] + (f"-{n}" if n else ""), **mapping} for n in range(count)]
+
+
+def _daemon_config(folder: Path, url: str, mappings: Sequence[dict[str, Any]], timeout: float = 30.0) -> Path:
+    """The daemon as shipped: every default but the endpoints, a port of its own and a store in a temporary folder."""
     document = {
         "aws": {"region": REGION, "endpoint_url": url},
-        "functions": {"bench": {"url": f"{url}/target"}},
-        "event_source_mappings": [mapping],
+        "functions": {"bench": {"url": f"{url}/target", "timeout_seconds": timeout}},
+        "event_source_mappings": mappings,
         "store": f"sqlite://{folder}/poller.db",
         "server": {"host": "127.0.0.1", "port": 0},
         "log": {"level": "info", "format": "json"},
@@ -181,21 +186,32 @@ class Client:
         if self._name == "daemon" and code != 0:
             raise self.error(f"ended with exit code {code} after SIGTERM")
 
+    def kill(self) -> None:
+        """What it holds is never done: it would use up its whole grace."""
+        self._process.kill()
+        self._process.wait()
+
     def resident_mb(self) -> float:
         """VmRSS."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) / 1_024
 
+    def descriptors(self) -> int:
+        """Open ones."""
+        return sum(1 for _ in Path(f"/proc/{self.pid}/fd").iterdir())
+
 
 @contextlib.contextmanager
-def _client(name: str, plan: Plan, stub: StubProcess, cpus: Cpus) -> Iterator[Client]:
-    """Offer the plan and start a client on it."""
+def _client(
+    name: str, plan: Plan, stub: StubProcess, cpus: Cpus, *, mappings: int = 1, timeout: float = 30.0
+) -> Iterator[Client]:
+    """Offer the plan and start a client on it. `mappings`, `timeout`: of the daemon and its function."""
     stub.ask("/_configure", asdict(plan))
     with tempfile.TemporaryDirectory(prefix="poller-bench-") as text:
         folder = Path(text)
         log = folder / "log"
         if name == "daemon":
-            config = _daemon_config(folder, stub.url, plan.source, plan.batch)
+            config = _daemon_config(folder, stub.url, _mappings(plan.source, plan.batch, mappings), timeout)
             arguments = ["-m", "poller", "run", "-c", str(config)]
         else:
             arguments = ["-m", "tests.benchmarks.peers", name, plan.source, "--endpoint", stub.url]
@@ -276,6 +292,54 @@ def idle(client_name: str, shards: int, seconds: float, stub: StubProcess, cpus:
         "polls_per_second": polls / wall,
         "client_busy": cpu / wall,
         "rss_mb": resident,
+    }
+
+
+def idle_queues(queues: int, seconds: float, stub: StubProcess, cpus: Cpus) -> dict[str, float]:
+    """The daemon over queues without a message, each long-polled: its share of a core, memory, descriptors."""
+    plan = Plan(source="sqs", batch=10)
+    with _client("daemon", plan, stub, cpus, mappings=queues) as client:
+        began = time.monotonic()
+        while stub.ask("/_stats")["calls"].get("ReceiveMessage", 0) < queues:
+            client.check()
+            if time.monotonic() - began > STALL_SECONDS:
+                raise client.error(f"does not poll {queues} queues")
+            time.sleep(_POLL_SECONDS)
+        calls, start, cpu = stub.ask("/_stats")["calls"], time.monotonic(), process_cpu(client.pid)
+        time.sleep(seconds)
+        wall, cpu = time.monotonic() - start, process_cpu(client.pid) - cpu
+        polls = stub.ask("/_stats")["calls"]["ReceiveMessage"] - calls["ReceiveMessage"]
+        figures = {"client_busy": cpu / wall, "polls_per_minute": polls / wall * 60}
+        figures |= {"rss_mb": client.resident_mb(), "descriptors": client.descriptors()}
+        client.stop()
+    return figures
+
+
+def stalled(shards: int, seconds: float, timeout: float, stub: StubProcess, cpus: Cpus) -> dict[str, float]:
+    """Full shards, each a mapping's, and a target that never answers: each try ends by its timeout. Memory and
+    descriptors a fifth of the way and at the end, and the most that was seen.
+    """
+    plan = Plan(
+        source="kinesis", shards=shards, batch=100, warm=20_000, records=20_001, latency_ms=86_400_000, audit=False
+    )
+    samples: list[tuple[float, int]] = []
+    with _client("daemon", plan, stub, cpus, timeout=timeout) as client:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            client.check()
+            samples.append((client.resident_mb(), client.descriptors()))
+            time.sleep(1)
+        tries = stub.ask("/_stats")["events"]
+        client.kill()
+    early = samples[len(samples) // 5]
+    return {
+        "tries": tries,
+        "rss_mb_early": early[0],
+        "rss_mb_end": samples[-1][0],
+        "rss_mb_most": max(memory for memory, _ in samples),
+        "descriptors_early": early[1],
+        "descriptors_end": samples[-1][1],
+        "descriptors_most": max(descriptors for _, descriptors in samples),
     }
 
 
