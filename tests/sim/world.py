@@ -144,7 +144,8 @@ class World:
         self.shards: dict[str, SimShard] = {}
         self.shard_of: dict[str, str] = {}
         self.key_of: dict[str, str] = {}
-        self.order_of: dict[str, list[int]] = {}  # per key: sequences as produced
+        self.record_of: dict[str, Record] = {}
+        self.open_of: dict[str, list[int]] = {}  # per key: sequences as produced, without what is settled
         self.settled: dict[str, float] = {}  # first settlement, by success or discard
         self.seen: dict[str, float] = {}  # last settlement
         self.reported: set[str] = set()  # what the failure destination knows of
@@ -182,10 +183,11 @@ class World:
         self._next += self.rng.randrange(1, 5)
         sequence = self._next
         wire = json.dumps({"id": str(sequence), "key": key, "pad": "x" * self.rng.randrange(0, 200)}).encode()
-        shard.records.append(Record(str(sequence), key, self.aws_now(), wire))
+        record = self.record_of[str(sequence)] = Record(str(sequence), key, self.aws_now(), wire)
+        shard.records.append(record)
         self.shard_of[str(sequence)] = shard.id
         self.key_of[str(sequence)] = key
-        self.order_of.setdefault(key, []).append(sequence)
+        self.open_of.setdefault(key, []).append(sequence)
         if self.rng.random() < self.plan.poison_rate:
             self.poison[str(sequence)] = self.rng.choice([1, 3, 1000])
 
@@ -256,11 +258,11 @@ class World:
         if name in self.settled:
             return
         key, sequence = self.key_of[name], int(name)
-        earlier = [
-            s for s in self.order_of[key] if s < sequence and str(s) not in self.settled and self.is_ours_id(str(s))
-        ]
+        still_open = self.open_of[key]
+        earlier = [s for s in still_open if s < sequence and self.is_ours(self.record_of[str(s)])]
         if earlier:
             raise Violation(f"{name} of {key} settled before {earlier}")
+        still_open.remove(sequence)
         self.settled[name] = self.clock.now()
 
     def discard(self, name: str) -> None:
@@ -277,13 +279,12 @@ class World:
         """LATEST: what arrived before the mapping knew the stream need not be delivered; nor what no filter matches."""
         return self.is_wanted(record.id) and record.arrival >= self.ours_from.get(self.shard_of[record.id], 0.0)
 
-    def is_ours_id(self, name: str) -> bool:
-        return any(r.id == name and self.is_ours(r) for r in self.shards[self.shard_of[name]].records)
-
     def check_checkpoint(self, shard: str, checkpoint: Checkpoint) -> None:
         """Nothing below a saved position, or a lane's floor, is unsettled."""
         position = checkpoint.position
         for record in self.shards[shard].records:
+            if record.id in self.settled:
+                continue
             sequence = int(record.id)
             match position.kind:
                 case PositionKind.AT:
@@ -295,11 +296,11 @@ class World:
                 case _:
                     below = False
             below = below or any(sequence < floor[lane_of(record.key, len(floor))] for floor in checkpoint.resume)
-            if below and record.id not in self.settled and self.is_ours(record):
+            if below and self.is_ours(record):
                 raise Violation(f"{shard}: {checkpoint} passes {record.id}, which is not settled")
 
     def window_of(self, name: str) -> str:
-        record = next(r for r in self.shards[self.shard_of[name]].records if r.id == name)
+        record = self.record_of[name]
         start = record.arrival // self.plan.tumbling * self.plan.tumbling
         return datetime.fromtimestamp(start, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
