@@ -358,14 +358,17 @@ class ShardWorker:
             failures = 0
             self._set_problem("")
             unwanted = await self._unwanted(fetch.records)
-            if rereads != self._rereads:
-                continue
-            self._take_in(fetch, unwanted)
-            if fetch.next_iterator is None:
-                self._seal()
-                return
+            is_dropped = rereads != self._rereads
+            if not is_dropped:
+                self._take_in(fetch, unwanted)
             iterator = fetch.next_iterator
             is_behind = fetch.read >= limit or (fetch.lag > 0 if fetch.lag is not None else fetch.read > 0)
+            del fetch, unwanted  # what the flow sheds would live on here while this waits for room
+            if is_dropped:
+                continue
+            if iterator is None:
+                self._seal()
+                return
             interval = self._traits.min_interval if is_behind else self._traits.tip_interval
             await sleep_until(self._clock, started + interval)
 

@@ -657,6 +657,37 @@ def test_a_read_that_was_under_way_when_memory_ran_short_is_not_taken_in() -> No
     run(main)
 
 
+def test_what_is_dropped_when_memory_runs_short_is_gone() -> None:
+    """Nobody holds on to it while the shard waits for room: the last read neither."""
+
+    class Wire(bytes):
+        alive = 0
+
+        def __new__(cls, text: bytes):
+            cls.alive += 1
+            return super().__new__(cls, text)
+
+        def __del__(self) -> None:
+            type(self).alive -= 1
+
+    def read(number: int) -> Fetch:
+        records = tuple(Record(str(n), "k", EPOCH, Wire(b"{%d}" % n)) for n in range(number, number + 50))
+        return Fetch(records, records[-1].id, "next", 0.0, 100, 50)
+
+    async def main():
+        shard = Shard(Source([read(1)]), target=Target(1, Reply(ReplyStatus.FUNCTION_ERROR)), size=1, budget=1_000_000)
+        task = asyncio.ensure_future(shard.worker.run())
+        await asyncio.sleep(0.5)
+        assert Wire.alive == 50
+        shard.budget.take(1_000_000)
+        await asyncio.sleep(30)
+        assert Wire.alive == 1, "the failing batch alone is kept"
+        shard.worker.stop()
+        await task
+
+    run(main)
+
+
 def test_a_lost_lease_cuts_off_what_is_in_flight() -> None:
     """Somebody else owns the shard: the worker ends at once and writes nothing."""
 
