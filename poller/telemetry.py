@@ -5,6 +5,7 @@ costs ten times what `inc()` does. What only an instant makes true (ages, shard 
 """
 
 import asyncio
+import heapq
 import json
 import logging
 import math
@@ -31,9 +32,12 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from poller import __version__
 from poller.core.model import Mapping, MappingId, MappingStatus, ShardId, ShardState, ShardStatus, SourceKind
 from poller.ports import Clock, MappingObserver, StoreObserver
-from poller.settings import LogSettings
+from poller.runtime.payloads import ANSWERED, SENT, payload_log
+from poller.settings import LimitSettings, LogSettings
 
 MASK = "***"
+PAYLOAD_CHARACTERS = 4096
+"""Of each payload that is logged."""
 
 # --- logs ---------------------------------------------------------------------------------------------------------
 
@@ -56,17 +60,18 @@ def configure_logging(settings: LogSettings, secrets: Collection[str] = (), stre
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _to_milliseconds,
     ]
+    payload_log.is_on = settings.payloads and settings.level == "debug"
     mask = _Masker(secrets)
     if console:
         # The traceback becomes text before the mask, not after it in the renderer.
         plain = structlog.dev.ConsoleRenderer(
             colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback, sort_keys=False
         )
-        shared += [structlog.processors.format_exc_info, mask, plain]
+        shared += [structlog.processors.format_exc_info, mask, _cut_payload, plain]
     else:
         # Frames without their locals: those hold payloads and secrets.
         exceptions = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
-        shared += [exceptions, mask, _to_json]
+        shared += [exceptions, mask, _cut_payload, _to_json]
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -145,6 +150,13 @@ class _Masker:
                 return self._secret.sub(MASK, repr(value))
 
 
+def _cut_payload(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """The beginning of a payload, once it was masked: half a secret at the cut would not be known as one."""
+    if event["event"] in (SENT, ANSWERED):
+        event["payload"] = event["payload"][:PAYLOAD_CHARACTERS]
+    return event
+
+
 def _to_milliseconds(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     event["timestamp"] = f"{event['timestamp'][:23]}Z"  # of 2026-01-31T12:00:00.123456Z
     return event
@@ -173,6 +185,7 @@ _STORE_OPERATIONS = (
 _INVOCATION_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900)
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 _SAVE_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SHARD_SERIES = LimitSettings().shard_series
 _READ = frozenset({ShardState.RUNNING, ShardState.ENDING, ShardState.DRAINING})
 _WORKED = _READ | {ShardState.STARTING}
 
@@ -202,6 +215,52 @@ def shard_ages(shard: ShardStatus, retention: float | None, now: float) -> Shard
         headroom = max(0.0, retention - (now - shard.oldest_arrival))
     blocked = 0.0 if shard.blocked_since is None else max(0.0, now - shard.blocked_since)
     return ShardAges(age, shard.lag, headroom, blocked)
+
+
+_SHARD_GAUGES: tuple[tuple[str, str, Callable[[ShardAges], float | None]], ...] = (
+    (
+        "poller_iterator_age_seconds",
+        "Age of the last record of the batch in work; 0 at the tip.",
+        lambda ages: ages.iterator_age,
+    ),
+    ("poller_behind_latest_seconds", "How far reading is behind the tip.", lambda ages: ages.lag),
+    (
+        "poller_retention_headroom_seconds",
+        "Until the oldest record not yet done leaves the stream.",
+        lambda ages: ages.headroom,
+    ),
+    ("poller_blocked_seconds", "How long the oldest failing batch has been blocking.", lambda ages: ages.blocked),
+)
+
+ShardKey: TypeAlias = tuple[MappingId, ShardId]
+"""A shard among those of all mappings."""
+
+_CALM_HEADROOM = 43_200.0  # half of the least retention that there is
+_CALM_AGE = 60.0
+_MARGIN = 1.5  # how much worse a shard that is shown counts
+
+
+def worst_shards(
+    ages: MappingABC[ShardKey, ShardAges], most: int, shown: Collection[ShardKey] = ()
+) -> frozenset[ShardKey]:
+    """At most so many of the shards: blocked ones first, then those with the least headroom, then the furthest behind.
+
+    Headroom and age count by their powers of two; all headroom above 12 hours is alike, and all age below a minute: a
+    healthy shard is no worse than one of a stream that keeps its records longer. Those that were `shown` the last time
+    stay until others are clearly worse, so that series do not come and go with every scrape.
+    """
+    if len(ages) <= most:
+        return frozenset(ages)
+
+    def rank(key: ShardKey) -> tuple[bool, int, int, bool, ShardKey]:
+        of, was_shown = ages[key], key in shown
+        margin = _MARGIN if was_shown else 1.0
+        headroom = _CALM_HEADROOM if of.headroom is None else max(1.0, of.headroom / margin)
+        age = max(of.iterator_age or 0.0, of.lag or 0.0) * margin
+        urgency = max(0, math.ceil(math.log2(_CALM_HEADROOM / headroom)))
+        return not of.blocked, -urgency, -int(math.log2(1.0 + age / _CALM_AGE)), not was_shown, key
+
+    return frozenset(heapq.nsmallest(most, ages, key=rank))
 
 
 def worst_lag(shards: Sequence[ShardStatus], now: float) -> float | None:
@@ -323,9 +382,11 @@ class Metrics:
         clock: Clock,
         status: Callable[[], Sequence[MappingStatus]],
         others: Callable[[], Sequence[MetricsReport]] = tuple,
+        *,
+        shard_series: int = _SHARD_SERIES,
     ) -> None:
         """`status` is asked at each scrape, never before. `others`: what other processes have counted that are shown
-        together with this one; asked at each scrape too.
+        together with this one; asked at each scrape too. `shard_series`: how many shards have series of their own.
         """
         # Doubles the series for an instant that nobody queries. Process-wide: the library has no other switch.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -358,6 +419,8 @@ class Metrics:
         self._clock = clock
         self._status = status
         self._others = others
+        self._shard_series = shard_series
+        self._shown: frozenset[ShardKey] = frozenset()  # in the last exposition
 
     def observer(self, mapping: Mapping) -> MappingObserver:
         """The observer of a mapping; the same one, still counting, until the mapping's labels change."""
@@ -412,14 +475,25 @@ class Metrics:
     async def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """All metrics and their content type: OpenMetrics where `accept` prefers it, else the Prometheus text.
 
-        The status is read here; its text is made in a thread, because a thousand shards are 40 ms of it.
+        The status is read here; its text is made in a thread, because a thousand shards are 60 ms of it.
         """
         scrape = _Scrape(
-            self._registry, tuple(self._status()), self._losses(), tuple(self._others()), self._clock.now()
+            self._registry,
+            tuple(self._status()),
+            self._losses(),
+            tuple(self._others()),
+            now=self._clock.now(),
+            shard_series=self._shard_series,
+            shown=self._shown,
         )
         if _prefers_openmetrics(accept):
-            return await asyncio.to_thread(openmetrics.generate_latest, scrape), openmetrics.CONTENT_TYPE_LATEST
-        return await asyncio.to_thread(render_text, scrape), "text/plain; version=0.0.4; charset=utf-8"
+            content_type = openmetrics.CONTENT_TYPE_LATEST
+            text = await asyncio.to_thread(openmetrics.generate_latest, scrape)
+        else:
+            content_type = "text/plain; version=0.0.4; charset=utf-8"
+            text = await asyncio.to_thread(render_text, scrape)
+        self._shown = scrape.shown
+        return text, content_type
 
 
 def _prefers_openmetrics(accept: str) -> bool:
@@ -589,7 +663,10 @@ def _add(counter: Counter, events: int) -> None:
 
 
 class _Scrape(Collector):
-    """The registry, and what is true at the moment of a scrape: ages, states, the records lost by shard."""
+    """The registry, and what is true at the moment of a scrape: ages, states, the records lost by shard.
+
+    `shown`: the shards that had series of their own the last time; after `collect` those that have them now.
+    """
 
     def __init__(
         self,
@@ -597,28 +674,29 @@ class _Scrape(Collector):
         status: tuple[MappingStatus, ...],
         losses: MappingABC[Labels, MappingABC[ShardId, int]],
         others: tuple[MetricsReport, ...],
+        *,
         now: float,
+        shard_series: int,
+        shown: frozenset[ShardKey],
     ) -> None:
         self._registry = registry
         self._status = status
         self._own_losses = losses
         self._others = others
         self._now = now
+        self._shard_series = shard_series
+        self.shown = shown
 
     def collect(self) -> Iterator[Metric]:
         def gauge(name: str, text: str, *more: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(name, text, labels=(*_LABELS, *more))
 
-        age = gauge(
-            "poller_iterator_age_seconds", "Age of the last record of the batch in work; 0 at the tip.", "shard"
-        )
-        behind = gauge("poller_behind_latest_seconds", "How far reading is behind the tip.", "shard")
-        headroom = gauge(
-            "poller_retention_headroom_seconds", "Until the oldest record not yet done leaves the stream.", "shard"
-        )
-        blocked = gauge("poller_blocked_seconds", "How long the oldest failing batch has been blocking.", "shard")
         states = gauge("poller_shards", "Shards by state.", "state")
         circuit = gauge("poller_circuit_open", "1 while receiving is paused because the target fails.")
+        problem = gauge("poller_mapping_problem", "1 while the mapping cannot do its work; its status says why.")
+        dropped = GaugeMetricFamily(
+            "poller_shard_series_dropped", "Shards left out of the metrics of shards: more than limits.shard_series."
+        )
         lost = CounterMetricFamily(
             "poller_records_lost_total",
             "Records that left retention before they were done.",
@@ -630,9 +708,19 @@ class _Scrape(Collector):
         if self._others:
             report = summed((report, *self._others))
         lost_by_shard = {names: dict(by_shard) for names, by_shard in report.losses.items()}
+        ages_by_shard = {
+            (mapping.id, shard.id): shard_ages(shard, mapping.retention, self._now)
+            for mapping in self._status
+            for shard in mapping.shards
+            if shard.state in _WORKED
+        }
+        self.shown = worst_shards(ages_by_shard, self._shard_series, self.shown)
+        shown: list[tuple[tuple[str, ...], ShardAges]] = []
+        dropped.add_metric((), len(ages_by_shard) - len(self.shown))
         for mapping in self._status:
             names: Labels = (mapping.id, mapping.function, str(mapping.source))
             circuit.add_metric(names, mapping.breaker != "closed")
+            problem.add_metric(names, bool(mapping.reason))
             if not mapping.source.is_stream:
                 continue
             counts = Tally(shard.state for shard in mapping.shards)
@@ -641,19 +729,19 @@ class _Scrape(Collector):
                 states.add_metric((*names, state), counts[state])
             losses = lost_by_shard.setdefault(names, {})
             for shard in mapping.shards:
-                if shard.state not in _WORKED:
-                    continue
-                shard_names = (*names, shard.id)
-                losses.setdefault(shard.id, 0)
-                ages = shard_ages(shard, mapping.retention, self._now)
-                blocked.add_metric(shard_names, ages.blocked)
-                for family, value in ((age, ages.iterator_age), (behind, ages.lag), (headroom, ages.headroom)):
-                    if value is not None:
-                        family.add_metric(shard_names, value)
+                if (mapping.id, shard.id) in self.shown:
+                    losses.setdefault(shard.id, 0)
+                    shown.append(((*names, shard.id), ages_by_shard[mapping.id, shard.id]))
         for names, by_shard in lost_by_shard.items():
             for shard_id, count in by_shard.items():
                 lost.add_metric((*names, shard_id), count)
         for lease in ("owned", "other", "free", "expired"):
             leases.add_metric((lease,), held[lease])
         yield from report.families
-        yield from (age, behind, headroom, blocked, states, leases, circuit, lost)
+        yield from (states, leases, circuit, problem, dropped, lost)
+        for name, text, age_of in _SHARD_GAUGES:  # one after the other: together they are much to collect as garbage
+            family = gauge(name, text, "shard")
+            for shard_names, ages in shown:
+                if (value := age_of(ages)) is not None:
+                    family.add_metric(shard_names, value)
+            yield family

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import filters
+from tests.benchmarks import filters, scrape
 from tests.benchmarks.run import (
     BenchmarkError,
     Cpus,
@@ -22,7 +22,9 @@ from tests.benchmarks.run import (
     StubProcess,
     choose_cpus,
     idle,
+    idle_queues,
     latency,
+    stalled,
     stub_process,
     throughput,
 )
@@ -145,6 +147,27 @@ def _idle(clients: Sequence[str], options: argparse.Namespace, stub: StubProcess
     return answer
 
 
+def _idle_queues(options: argparse.Namespace, stub: StubProcess, cpus: Cpus) -> Figures:
+    figures = idle_queues(options.idle_queues, 5.0 if options.quick else 60.0, stub, cpus)
+    print(
+        f"\n{options.idle_queues} idle queues: {figures['client_busy']:.2%} of a core, {figures['polls_per_minute']:.0f} "
+        f"polls a minute, {figures['rss_mb']:.0f} MB, {figures['descriptors']:.0f} descriptors"
+    )
+    return figures
+
+
+def _stalled(options: argparse.Namespace, stub: StubProcess, cpus: Cpus) -> Figures:
+    shards, timeout = 1_000, 5.0
+    figures = stalled(shards, 30.0 if options.quick else options.stalled, timeout, stub, cpus)
+    print(
+        f"\n{shards} full shards, a target that never answers, timeout {timeout:.0f} s, {figures['tries']:.0f} tries: "
+        f"{figures['rss_mb_early']:.0f} MB after a fifth, {figures['rss_mb_end']:.0f} MB in the end, at most "
+        f"{figures['rss_mb_most']:.0f}; descriptors {figures['descriptors_early']:.0f}, "
+        f"{figures['descriptors_end']:.0f}, at most {figures['descriptors_most']:.0f}"
+    )
+    return figures
+
+
 def _latency(
     clients: Sequence[str], options: argparse.Namespace, stub: StubProcess, cpus: Cpus
 ) -> list[dict[str, Any]]:
@@ -167,8 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--idle", type=int, nargs="?", const=1_000, metavar="SHARDS", help="idle cost and memory instead"
     )
+    parser.add_argument("--idle-queues", type=int, nargs="?", const=100, metavar="QUEUES", help="the same of queues")
+    parser.add_argument(
+        "--stalled", type=float, nargs="?", const=600.0, metavar="SECONDS", help="memory while the target hangs instead"
+    )
     parser.add_argument("--latency", action="store_true", help="queue to target instead")
     parser.add_argument("--filters", action="store_true", help="what five filters cost instead")
+    parser.add_argument("--scrape", action="store_true", help="what a scrape of the metrics costs instead")
     options = parser.parse_args(arguments)
     clients = options.clients.split(",")
     if unknown := set(clients) - set(CLIENTS):
@@ -186,11 +214,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stub_process(cpus) as stub:
             if options.idle:
                 result["idle"] = _idle(parsed, options, stub, cpus)
+            if options.idle_queues:
+                result["idle_queues"] = _idle_queues(options, stub, cpus)
+            if options.stalled:
+                result["stalled"] = _stalled(options, stub, cpus)
             if options.latency:
                 result["latency"] = _latency(parsed, options, stub, cpus)
             if options.filters:
                 result["filters"] = filters.measure(options.rounds)
-            if not options.idle and not options.latency and not options.filters:
+            if options.scrape:
+                result["scrape"] = scrape.measure(options.rounds)
+            if len(result) == 1:
                 result["throughput"] = _throughput(clients, options, stub, cpus)
     except BenchmarkError as error:
         print(f"\n{error}", file=sys.stderr)

@@ -24,7 +24,16 @@ from poller.core.model import (
     SourceSpec,
 )
 from poller.settings import LogSettings
-from poller.telemetry import EventCounts, Metrics, configure_logging, lasting, shard_ages, summed
+from poller.telemetry import (
+    EventCounts,
+    Metrics,
+    ShardAges,
+    configure_logging,
+    lasting,
+    shard_ages,
+    summed,
+    worst_shards,
+)
 
 NOW = 1_000_000.0
 
@@ -89,6 +98,8 @@ TABLE = {  # the table of the public contract: name -> type, labels
     "poller_records_lost_total": ("counter", M | {"shard"}),
     "poller_store_requests_total": ("counter", {"operation", "outcome"}),
     "poller_circuit_open": ("gauge", M),
+    "poller_mapping_problem": ("gauge", M),
+    "poller_shard_series_dropped": ("gauge", set()),
     "poller_config_reloads_total": ("counter", {"outcome"}),
     "poller_config_last_reload_success": ("gauge", set()),
     "poller_auth_failures_total": ("counter", set()),
@@ -329,6 +340,126 @@ async def test_process_wide_metrics():
     assert found["poller_auth_failures_total", ()] == 1
     assert found["poller_store_requests_total", (("operation", "save"), ("outcome", "error"))] == 1
     assert found["poller_store_requests_total", (("operation", "load"), ("outcome", "success"))] == 0
+
+
+async def test_a_mapping_in_trouble_shows():
+    """1 for a mapping that has a reason, 0 for one that has none, whatever its source."""
+    found = await scrape(
+        Metrics(FixedClock(), lambda: [status(reason="denied"), status(uuid="q1", kind=SourceKind.SQS)])
+    )
+    assert found[key("poller_mapping_problem")] == 1
+    assert found[key("poller_mapping_problem", uuid="q1", source="sqs")] == 0
+
+
+# --- the limit of shards with series of their own ---
+
+DAY = 86_400.0
+
+
+def ages(headroom=DAY, age=0.0, blocked=0.0, lag=None):
+    return ShardAges(age, lag, headroom, blocked)
+
+
+def chosen(by_name, most, shown=()):
+    """Names of the shards that are kept; the order in which they are given must not matter."""
+    given = {("m", name): value for name, value in by_name.items()}
+    shown = {("m", name) for name in shown}
+    found = worst_shards(given, most, shown)
+    assert worst_shards(dict(reversed(given.items())), most, shown) == found
+    return sorted(name for _, name in found)
+
+
+def test_the_worst_shards_are_kept():
+    """Blocked ones before those with little headroom, these before those far behind, then by name; most is a limit."""
+    shards = {
+        "calm-1": ages(),
+        "calm-2": ages(headroom=7 * DAY),
+        "unknown": ages(headroom=None, age=None),
+        "late": ages(age=4 * 3600, headroom=20 * 3600),
+        "behind": ages(lag=900),
+        "soon": ages(headroom=3600, age=DAY),
+        "sooner": ages(headroom=600, age=60),
+        "gone": ages(headroom=0.0),
+        "blocked": ages(blocked=0.1),
+    }
+    worst_first = ["blocked", "gone", "sooner", "soon", "late", "behind", "calm-1", "calm-2", "unknown"]
+    for most in range(len(shards) + 2):
+        assert chosen(shards, most) == sorted(worst_first[:most])
+
+
+def test_a_shown_shard_stays_until_another_is_clearly_worse():
+    """Neither equal shards nor slightly worse ones take its place; much worse ones do, and so does a blocked one."""
+    calm = {"a": ages(), "z": ages(age=59)}
+    assert chosen(calm, 1) == ["a"]
+    assert chosen(calm, 1, ["z"]) == ["z"]
+    assert chosen({**calm, "b": ages(age=50)}, 1, ["z"]) == ["z"]
+    behind = {"a": ages(age=190), "z": ages(age=170)}  # a power of two between them
+    assert chosen(behind, 1) == ["a"]
+    assert chosen(behind, 1, ["z"]) == ["z"]
+    assert chosen({**behind, "a": ages(age=600)}, 1, ["z"]) == ["a"]
+    short = {"a": ages(headroom=5300), "z": ages(headroom=5500)}
+    assert chosen(short, 1) == ["a"]
+    assert chosen(short, 1, ["z"]) == ["z"]
+    assert chosen({**short, "a": ages(headroom=1000)}, 1, ["z"]) == ["a"]
+    assert chosen({**short, "b": ages(blocked=1)}, 1, ["z"]) == ["b"]
+
+
+async def test_above_the_limit_only_the_worst_shards_have_series():
+    """Losses are always there; what is left out is counted; states count all; a kept shard has all of its series."""
+    running = {"lag": 1.0, "batch_arrival": NOW - 30}
+    shards = [ShardStatus(f"s{n}", ShardState.RUNNING, **running) for n in range(4)]
+    shards[2] = ShardStatus("s2", ShardState.RUNNING, blocked_since=NOW - 5, **running)
+    view = [
+        status(*shards),
+        status(ShardStatus("s0", ShardState.RUNNING), ShardStatus("x", ShardState.DONE), uuid="m2"),
+    ]
+    metrics = Metrics(FixedClock(), lambda: view, shard_series=2)
+    metrics.observer(mapping()).lost("s3", 7)
+    names = {
+        "poller_iterator_age_seconds",
+        "poller_behind_latest_seconds",
+        "poller_retention_headroom_seconds",
+        "poller_blocked_seconds",
+    }
+    found = await scrape(metrics)
+    for name in names:
+        assert {labels for called, labels in found if called == name} == {
+            key(name, shard="s0")[1],
+            key(name, shard="s2")[1],
+        }
+    assert {dict(labels)["shard"]: value for (name, labels), value in found.items() if "lost" in name} == {
+        "s0": 0,
+        "s2": 0,
+        "s3": 7,
+    }
+    assert found["poller_shard_series_dropped", ()] == 3
+    assert found[key("poller_shards", state="running")] == 4
+    view[0] = status(*shards[1:])  # s0 has gone: the next takes its place, and keeps it when s0 is back
+    assert key("poller_blocked_seconds", shard="s1") in await scrape(metrics)
+    view[0] = status(*shards)
+    found = await scrape(metrics)
+    assert key("poller_blocked_seconds", shard="s1") in found
+    assert key("poller_blocked_seconds", shard="s0") not in found
+
+
+async def test_a_limit_of_none_leaves_losses_only():
+    """0 shows no shard by itself, but one that lost records."""
+    metrics = Metrics(FixedClock(), lambda: [status(ShardStatus("s1", ShardState.RUNNING, lag=1.0))], shard_series=0)
+    metrics.observer(mapping()).lost("s1", 2)
+    found = await scrape(metrics)
+    assert {name for name, labels in found if "shard" in dict(labels)} == {"poller_records_lost_total"}
+    assert found["poller_shard_series_dropped", ()] == 1
+
+
+async def test_the_limit_holds_for_all_processes_together():
+    """What workers report adds no shard beyond it, but those that lost records."""
+    reports = [await counted(lost=0), await counted(lost=2)]
+    shards = [ShardStatus(f"s{n}", ShardState.RUNNING) for n in range(5)]
+    metrics = Metrics(FixedClock(), lambda: [status(*shards)], lambda: reports, shard_series=1)
+    found = await scrape(metrics)
+    assert {dict(labels)["shard"] for name, labels in found if name == "poller_blocked_seconds"} == {"s0"}
+    assert {dict(labels)["shard"] for name, labels in found if "lost" in name} == {"s0", "s1"}
+    assert found["poller_shard_series_dropped", ()] == 4
 
 
 # --- logs ---
