@@ -9,8 +9,8 @@ import random
 import signal
 import socket
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,8 +27,10 @@ from poller.core.model import Mapping, MappingId, SourceKind
 from poller.core.retry import Backoff
 from poller.destinations import Destinations
 from poller.errors import ConfigError, PollerError, StoreUnavailable
+from poller.filemodes import loose_modes
 from poller.mappings import resolve
-from poller.ports import Clock, QueueSource, StreamSource, Target
+from poller.notify import Notifier
+from poller.ports import Clock, QueueSource, StreamSource, Target, Tracer
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM, Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate, Lender
@@ -97,9 +99,18 @@ class Connections:
     """
 
     def __init__(
-        self, clients: AwsClients, clock: Clock, metrics: Metrics, probe: Probe, worker: Worker | None = None
+        self,
+        clients: AwsClients,
+        clock: Clock,
+        metrics: Metrics,
+        probe: Probe,
+        worker: Worker | None = None,
+        *,
+        tracer: Callable[[Mapping, FunctionSettings], Tracer] | None = None,
     ) -> None:
+        """`tracer`: that of a mapping and what its function is; None: nothing is traced."""
         self._worker = worker
+        self._tracer = tracer
         self._clients = clients
         self._probe = probe
         self._clock = clock
@@ -124,6 +135,7 @@ class Connections:
         gate = self._gate(settings, shared.target)
         shared.users += 1
         gate.users += 1
+        self._clients.hold(mapping.source.role, mapping.source.region)
 
         async def open_stream() -> StreamSource:
             return await self._sources.open_stream(await self._with_role(mapping, settings))
@@ -142,6 +154,7 @@ class Connections:
             open_queue=open_queue,
             matches=wanted_records.matches if wanted_records else None,
             destination=destination,
+            tracer=self._tracer(mapping, settings) if self._tracer is not None else None,
         )
 
     async def _with_role(self, mapping: Mapping, settings: FunctionSettings) -> Mapping:
@@ -188,7 +201,8 @@ class Connections:
         return min([rate for rate in rates if rate is not None], default=None)
 
     async def disconnect(self, pipe: Pipe) -> None:
-        """Close the target with its last mapping."""
+        """Close the target with its last mapping, and the clients of a role with the last that reads as it."""
+        await self._clients.release(pipe.mapping.source.role)
         pipe.gate.users -= 1
         self._gates = {name: gate for name, gate in self._gates.items() if not gate.is_unused}
         for key, shared in list(self._functions.items()):
@@ -215,9 +229,11 @@ class Connections:
 class ConfigFile:
     """The config file of a running daemon: read again when it has changed. A bad one is refused: the old goes on."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, notifier: Notifier) -> None:
+        """`notifier` hears of each reading; when it is done with, but for a bad file, from whoever asked for it."""
         self._settings = settings
         self._metrics = metrics
+        self._notifier = notifier
         self._seen = settings.stamp
         self._look = asyncio.Event()  # it may have changed
         self._is_asked = False  # somebody wants it read whether it has or not
@@ -241,11 +257,13 @@ class ConfigFile:
             if not self._is_asked and (now == self._seen or now is None):
                 continue
             self._seen, self._is_asked = now, False
+            self._notifier.reloading()
             try:
                 settings = await asyncio.to_thread(load, old.path)
             except ConfigError as error:
                 self._metrics.config_reloaded(success=False)
                 _log.error("config_refused", config=old.path, mistakes=list(error.mistakes))
+                self._notifier.ready(refused=True)
                 continue
             self._metrics.config_reloaded(success=True)
             kept = {name: getattr(old, name) for name in _FIXED if getattr(settings, name) != getattr(old, name)}
@@ -268,13 +286,16 @@ class Daemon:
         self._is_late = False
         self._stop = asyncio.Event()
         self._file: ConfigFile | None = None
+        self._server: Server | None = None
         self._main: asyncio.Task[None] | None = None
+        self._notifier = Notifier({} if worker else os.environ, os.getpid())
         self.port = 0
 
     def stop(self) -> None:
         """Stop in order; asked a second time, at once."""
         if self._is_late:  # it is stopping already, to begin anew: that is left out
             self._is_late = False
+            self._notifier.stopping()
             return
         if self._stop.is_set() and self._main is not None:
             _log.warning("stop_forced", meaning="what was in flight is cut off and will be delivered again")
@@ -287,9 +308,11 @@ class Daemon:
         self._stop.set()
 
     def reload(self) -> None:
-        """Read the config file again."""
+        """Read the config file again, and what the server's certificate is."""
         if self._file is not None:
             self._file.read_again()
+        if self._server is not None:
+            self._server.renew()
 
     async def run(self) -> bool:
         """Until `stop`: False. True: the wall clock was set back, and somebody should begin anew, with `settings`.
@@ -309,11 +332,16 @@ class Daemon:
     async def _run(self, stack: AsyncExitStack, clock: SystemClock) -> None:
         settings, worker = self.settings, self._worker
         rng = system_random()
-        metrics = Metrics(clock, lambda: supervisor.status())  # noqa: PLW0108  # made below: it needs the store
+        metrics = Metrics(
+            clock,
+            lambda: supervisor.status(),  # noqa: PLW0108  # made below: it needs the store
+            shard_series=settings.limits.shard_series,
+        )
         store = await open_store(settings, metrics.store_observer(), stack, exclusive=worker is None)
         clients = await stack.enter_async_context(AwsClients(settings.aws))
         probe = Probe(clients)
-        connections = Connections(clients, clock, metrics, probe, worker)
+        tracer = await stack.enter_async_context(_tracing(settings))
+        connections = Connections(clients, clock, metrics, probe, worker, tracer=tracer)
         stack.push_async_callback(connections.close)
         trouble = Backoff(TROUBLE_INITIAL, TROUBLE_MAXIMUM, rng.random)
         checkpointer = Checkpointer(store, clock, settings.checkpoint_interval, trouble)
@@ -335,8 +363,9 @@ class Daemon:
         supervisor = Supervisor(context, connections)
         control = ControlPlane(store, supervisor, probe, is_alone=leases.is_alone)
         private = Private(worker.socket, control, metrics) if worker else None
-        server = Server(settings.server, control, metrics, clock, rng, private=private)
-        file = self._file = ConfigFile(settings, metrics)
+        server = self._server = Server(settings.server, control, metrics, clock, rng, private=private)
+        file = self._file = ConfigFile(settings, metrics, self._notifier)
+        await stack.enter_async_context(self._notifier.telling(control, clock))
         await self._load(control, settings, clock, trouble, is_fleet=is_fleet)
         stack.push_async_callback(server.stop)
         self.port = await server.start()
@@ -347,16 +376,21 @@ class Daemon:
         else:
             _log.info("worker_started", name=worker.name, pid=os.getpid())
             worker.started()
+        self._notifier.ready()
         async with asyncio.TaskGroup() as tasks:
             saver = tasks.create_task(checkpointer.run())
             keeper = tasks.create_task(leases.run())
             reloader = tasks.create_task(self._follow(control, worker.settings if worker else file.changed))
-            watchers = [] if worker else [tasks.create_task(file.watch()), tasks.create_task(server.history.run())]
+            watchers = [] if worker else [tasks.create_task(file.watch()), tasks.create_task(server.run())]
             follower = tasks.create_task(self._follow_members(control, clock, is_fleet=is_fleet))
             timekeeper = tasks.create_task(self._keep_time(clock))
             work = tasks.create_task(supervisor.run())
             await self._stop.wait()
             _log.info("stopping", grace=self._grace)
+            if self._is_late:
+                self._notifier.reloading()
+            else:
+                self._notifier.stopping()
             control.stopping()
             await leases.stop()
             supervisor.stop(self._grace)
@@ -385,6 +419,7 @@ class Daemon:
                 if not is_fleet or self._stop.is_set():
                     raise
                 _log.error("store_unavailable", error=str(error), attempt=failures)
+                self._notifier.waiting(str(error))
                 await wait_until(self._stop, clock, clock.now() + trouble.delay(failures))
 
     async def _follow_members(self, control: ControlPlane, clock: Clock, *, is_fleet: bool) -> None:
@@ -409,7 +444,19 @@ class Daemon:
         while True:
             self.settings = settings = await changed()
             await control.apply(settings)
+            if self._server is not None:
+                self._server.renew()
             _log.info("config_reloaded", config=settings.path, mappings=len(settings.mappings))
+            self._notifier.ready()
+
+
+def _tracing(settings: Settings) -> AbstractAsyncContextManager[Callable[[Mapping, FunctionSettings], Tracer] | None]:
+    """What traces mappings while it is open; None where tracing is off. ConfigError: OTEL_ variables are wrong."""
+    if settings.tracing is None:
+        return nullcontext()
+    from poller.tracing import tracing  # noqa: PLC0415  # its packages are an extra
+
+    return tracing(settings.tracing)
 
 
 def member_name(rng: random.Random) -> str:
@@ -419,7 +466,10 @@ def member_name(rng: random.Random) -> str:
 
 _FOLLOW_INTERVAL = 2.0
 _CLOCK_INTERVAL = 1.0
-_FIXED = ("aws", "store", "server", "retry", "limits", "checkpoint_interval", "lease_duration", "shutdown_grace")
+_FIXED = (
+    *("aws", "store", "server", "retry", "limits", "tracing"),
+    *("checkpoint_interval", "lease_duration", "shutdown_grace"),
+)
 
 
 async def check_connections(settings: Settings) -> list[str]:
@@ -510,6 +560,8 @@ def run(settings: Settings) -> int:
     configure_logging(settings.log, settings.secrets())
     for warning in settings.warnings:
         _log.warning("config_warning", warning=warning)
+    for loose in loose_modes(settings):
+        _log.warning("file_mode_warning", **asdict(loose))
     try:
         while asyncio.run((daemon := Daemon(settings)).run()):
             settings = daemon.settings

@@ -5,9 +5,10 @@ Values of headers and credentials, and whatever came through `${...}`, never sta
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import metadata
 from ipaddress import ip_address
 from json import dumps
 from pathlib import Path
@@ -18,7 +19,6 @@ from poller.core.model import FunctionSpec, SourceSpec
 from poller.errors import ConfigError
 from poller.mappings import (
     FUNCTION_NAME,
-    NOT_YET,
     check_create,
     derived_uuid,
     item_shape,
@@ -41,10 +41,12 @@ from poller.settings import (
     LogSettings,
     RetrySettings,
     ServerSettings,
+    ServerTls,
     Settings,
     SigV4Auth,
     StoreSettings,
     TlsSettings,
+    TracingSettings,
     is_reserved_header,
 )
 from poller.shapes import (
@@ -72,6 +74,7 @@ MAX_FILE_BYTES = 10 * 1024 * 1024
 _MAX_SECRET_BYTES = 1024 * 1024
 _DYNAMO_INTERVAL = 1.0  # seconds between two saves of a shard: each is a write that is paid for
 _SHOWN = 80  # characters of a value in a mistake
+_TRACING_PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http")  # of the extra `tracing`
 _TYPO = 0.75  # how alike a FunctionName and a configured name are before we ask
 
 
@@ -294,11 +297,11 @@ CONFIG = Object(
                         "tls",
                         Object(
                             (
-                                Field("cert", _FILE, "Certificate.", required=True),
-                                Field("key", _FILE, "Its key.", required=True),
+                                Field("cert", _FILE, "PEM: the certificate, then its issuers'.", required=True),
+                                Field("key", _FILE, "PEM: its key, not encrypted.", required=True),
                             )
                         ),
-                        "Serve https.",
+                        "Serve https. Files that change are taken over without a restart.",
                     ),
                 )
             ),
@@ -310,7 +313,7 @@ CONFIG = Object(
                 (
                     Field("level", Choice(("debug", "info", "warning", "error")), "Default: info."),
                     Field("format", Choice(("json", "console")), "Default: console on a terminal, else json."),
-                    Field("payloads", Flag(), "true: payloads may be logged. Default: false."),
+                    Field("payloads", Flag(), "true: at level debug, payloads are logged. Default: false."),
                 )
             ),
             "Logs, on standard error.",
@@ -332,7 +335,11 @@ CONFIG = Object(
                     Field(
                         "buffer_bytes", Whole(1_048_576), "Records in memory, all mappings together. Default: 256 MiB."
                     ),
-                    Field("shard_series", Whole(0), "Most per-shard metric series."),
+                    Field(
+                        "shard_series",
+                        Whole(0),
+                        "Shards with metric series of their own: the worst ones. 0: none. Default: 10000.",
+                    ),
                 )
             ),
             "Bounds of the whole process.",
@@ -344,19 +351,13 @@ CONFIG = Object(
         ),
         Field("lease_seconds", Number(2, 3600), "How long a lease lasts. Default: 10."),
         Field("shutdown_grace_seconds", Number(0, 3600), "How long a stop waits for what is in flight. Default: 25."),
-        Field("tracing", Object((Field("endpoint", _URL, "OTLP endpoint.", required=True),)), "OpenTelemetry traces."),
+        Field(
+            "tracing",
+            Object((Field("endpoint", _URL, "OTLP over HTTP, such as http://127.0.0.1:4318.", required=True),)),
+            "OpenTelemetry traces. Needs esm-poller[tracing].",
+        ),
     )
 )
-
-# What later versions bring. Taking a line out allows the feature.
-_Test = Callable[[Any], bool]
-_REFUSED: tuple[tuple[str, str, _Test], ...] = (
-    (r"server\.tls", "TLS of the server", lambda _: True),
-    (r"tracing", "tracing", lambda _: True),
-    (r"limits\.shard_series", "a limit of shard series", lambda _: True),
-    (r"log\.payloads", "logging payloads", lambda value: convert(Flag(), value, ("",)) is True),
-)
-
 
 # --- finding and loading --------------------------------------------------------------------------------------------
 
@@ -532,11 +533,6 @@ class _Loader:
         for fault in check(CONFIG, values):
             if not re.match(r"event_source_mappings\[\d+\]\.", fault.path):  # check_create knows more about these
                 self._mistake(fault.path, fault.said, fault.remedy, value=fault.value)
-        settings = [item for item in self._places.items() if not item[0].startswith("event_source_mappings")]
-        for path, place in settings:
-            for pattern, feature, is_used in _REFUSED:
-                if place.value is not None and re.fullmatch(pattern, path) and is_used(place.value):
-                    self._mistake(path, f"{feature} {NOT_YET}", "take it out")
         if not isinstance(values, dict):
             return
         functions = values.get("functions")
@@ -548,9 +544,15 @@ class _Loader:
         match values.get("server"):
             case {"auth": dict() | list() as auth}:
                 self._check_access_keys(auth)
+        if isinstance(values.get("tracing"), dict) and (missing := _missing_package()):
+            said = f"needs {missing}, which is not installed here"
+            self._mistake("tracing", said, "run pip install 'esm-poller[tracing]' or take tracing out")
         items = values.get("event_source_mappings")
         if isinstance(items, list):
             self._check_mappings(items, list(functions) if isinstance(functions, dict) else [])
+        match values.get("log"):
+            case {"payloads": True, **rest} if rest.get("level") != "debug":
+                self._warn("log.payloads", "has no effect unless log.level is debug")
         match values.get("retry"):
             case {"initial_backoff_seconds": (int() | float()) as initial, "maximum_backoff_seconds": maximum} if (
                 isinstance(maximum, int | float) and initial > maximum
@@ -682,6 +684,8 @@ class _Loader:
                 else BearerAuth(entry["token"])
                 for entry in entries
             )
+        if "tls" in server:
+            server["tls"] = ServerTls(**server["tls"], place=f"{self._path}:{self._line('server.tls')}")
         settings: dict[str, Any] = {
             "path": self._path,
             "aws": AwsSettings(**{**aws, "endpoint_urls": tuple(aws.get("endpoint_urls", {}).items())}),
@@ -691,6 +695,7 @@ class _Loader:
             "log": LogSettings(**values.get("log", {})),
             "retry": RetrySettings(**_renamed(values.get("retry", {}))),
             "limits": LimitSettings(**values.get("limits", {})),
+            "tracing": TracingSettings(**values["tracing"]) if "tracing" in values else None,
             "warnings": tuple(self._warnings),
             "filled": frozenset(self._secrets),
         }
@@ -711,6 +716,16 @@ class _Loader:
             function, _ = resolve_function(item["FunctionName"], {}, parse_source(item["EventSourceArn"]))
             uuid = item.get("UUID") or derived_uuid(item["EventSourceArn"], function.arn)
             yield Declared(uuid.lower(), normalize(item), self._line(f"event_source_mappings[{index}]"))
+
+
+def _missing_package() -> str | None:
+    """The first package of the extra `tracing` that is not installed. Nothing is imported."""
+    for package in _TRACING_PACKAGES:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return package
+    return None
 
 
 def _secret_file(name: str) -> str:

@@ -34,6 +34,7 @@ from poller.mappings import (
     parse_source,
     resolve,
     resolve_function,
+    source_of,
 )
 from poller.ports import CheckpointStore, Probe
 from poller.runtime.stream_runner import SEEK, seek_key, stream_key
@@ -295,7 +296,7 @@ class ControlPlane:
         _refuse(check_create(document))
         normal = normalize(document)
         await self._check_function(normal)
-        await self._probe.source(parse_source(normal["EventSourceArn"]))
+        await self._probe.source(source_of(normal))
         async with self._lock:
             self._refuse_duplicate(normal, None)
             uuid = str(UUID(int=self._ids.getrandbits(128), version=4))
@@ -419,7 +420,7 @@ class ControlPlane:
     async def seek(self, name: str, order: Mapping[str, Any], by: str) -> dict[str, Any]:
         """See `Control.seek`. The order stands in the store until the runner, started anew, has carried it out."""
         entry = self._named(name)
-        source = parse_source(entry.document["EventSourceArn"])
+        source = source_of(entry.document)
         to = self._target_of(order, source.kind)
         if to["shard"] and to["shard"] not in await self._store.load(entry.uuid):
             raise _invalid(f"mapping {entry.uuid} has no shard {to['shard']}; see `poller status`")

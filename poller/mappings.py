@@ -94,6 +94,7 @@ _SOURCES = {
 _DESTINATION = re.compile(
     r"arn:aws[a-zA-Z0-9-]*:(sqs|sns|events):[a-z0-9-]+:[0-9]{12}:.+|arn:aws[a-zA-Z0-9-]*:s3:::.+|https?://.+|file:///.+"
 )
+_ROLE = r"arn:aws[a-zA-Z0-9-]*:iam::[0-9]{12}:role/[a-zA-Z0-9_+=,.@/-]{1,576}"
 _UUID = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 
 
@@ -323,7 +324,11 @@ FIELDS: tuple[MappingField, ...] = (
                     Flag(),
                     "false: a queue is read even while its target throttles or does not answer. Default: true.",
                 ),
-                Field("AssumeRoleArn", Text("the ARN of a role", 20, 2048, r"arn:.+"), "Role for reading the source."),
+                Field(
+                    "AssumeRoleArn",
+                    Text("the ARN of a role such as arn:aws:iam::123456789012:role/NAME", 20, 2048, _ROLE),
+                    "The role that the source is read with, for another account's. Default: the daemon's credentials.",
+                ),
                 Field("ScaleUpPerMinute", Whole(1, 10_000), "Receive loops of a queue added a minute. Default: 300."),
                 Field("MaximumReceivers", Whole(1, 10_000), "Most receive loops of a queue. Default: 1250."),
             )
@@ -346,10 +351,6 @@ _OTHER_SOURCES = frozenset(
 )
 
 _DESTINATION_PATH = "DestinationConfig.OnFailure.Destination"
-
-# What later versions bring: refused where it is neither false nor empty. Taking a line out allows the feature.
-_NOT_YET = (("Options.AssumeRoleArn", "a role for reading the source"),)
-NOT_YET = "is not supported by this version of esm-poller yet"
 
 
 def item_shape() -> Object:
@@ -475,21 +476,8 @@ def _check_rules(
         own = _check_queue(document, source, broken)
     else:
         own = _check_stream(document, source, broken, now)
-    found = [*own, *_check_common(document, source)]
-    yield from found
-    named = {problem.path for problem in found}
-    for path, feature in _NOT_YET:
-        if path not in named and _member(document, path):
-            hint = f"take {path.rpartition('.')[2]} out"
-            yield Problem(path, _INVALID, f"{path}: {feature} {NOT_YET}.", hint, f"{feature} {NOT_YET}")
-
-
-def _member(document: Mapping[str, Any], path: str) -> Any:
-    """The value at a path of keys in a sound document; None where there is none."""
-    value: Any = document
-    for key in path.split("."):
-        value = value.get(key) if value else None
-    return value
+    yield from own
+    yield from _check_common(document, source)
 
 
 def _unsuitable(name: str, source: SourceSpec) -> Problem:
@@ -634,7 +622,11 @@ def _destination(config: Mapping[str, Any]) -> str:
 
 def _from_fault(fault: Fault) -> Problem:
     """A fault of the document's shape in the words of AWS's front end."""
-    path, shown = _camel(fault.path), _shown(fault.value)
+    path = _camel(fault.path)
+    try:
+        shown = _shown(fault.value)
+    except RecursionError:  # lists in lists, as deep as the parser goes
+        shown = "[...]"
     match fault.rule:
         case "least":
             constraint = f"Member must have value greater than or equal to {fault.limit}"
@@ -778,6 +770,12 @@ def parse_source(arn: str) -> SourceSpec:
     )
 
 
+def source_of(document: Mapping[str, Any]) -> SourceSpec:
+    """The event source of a normalized document, with the role that it is read with."""
+    role = document.get("Options", {}).get("AssumeRoleArn")
+    return replace(parse_source(document["EventSourceArn"]), role=role)
+
+
 def resolve_function(
     name: str, functions: Mapping[str, FunctionSettings], source: SourceSpec
 ) -> tuple[FunctionSpec, FunctionSettings]:
@@ -819,7 +817,7 @@ def build(
     size, factor = document["BatchSize"], document.get("ParallelizationFactor", 1)
     return RunnableMapping(
         id=uuid,
-        source=parse_source(document["EventSourceArn"]),
+        source=source_of(document),
         function=function,
         batch=BatchPolicy(
             size=size,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from poller.core.model import (
+    Batch,
     Checkpoint,
     Fetch,
     Invocation,
@@ -21,6 +22,7 @@ from poller.core.model import (
     ShardId,
     SourceSpec,
     StreamFacts,
+    Trace,
 )
 from poller.settings import LambdaFunction
 
@@ -271,6 +273,25 @@ class MappingObserver(Protocol):
 
     def saved(self, positions: int, seconds: float) -> None:
         """Positions saved, and how long the save took."""
+        ...
+
+
+class Span(Protocol):
+    """One invocation, traced. To be ended once."""
+
+    trace: Trace
+    """What the target is told: the span, or the first record's trace where there is none of it."""
+
+    def end(self, outcome: str, status_code: int | None = None, error: str = "") -> None:
+        """It is over. `outcome`: as of `MappingObserver.invoked`, or cancelled. Must not raise."""
+        ...
+
+
+class Tracer(Protocol):
+    """Traces the invocations of one mapping. Called on the hot path, once per batch; must not raise."""
+
+    def begin(self, batch: Batch, shard: ShardId, request_id: str) -> Span:
+        """An invocation starts. `shard` is empty for a queue."""
         ...
 
 

@@ -96,7 +96,7 @@ _RESERVED_HEADERS = frozenset(
     (
         *("accept-encoding", "connection", "content-length", "content-type", "expect", "keep-alive", "te", "trailer"),
         *("transfer-encoding", "upgrade", "user-agent"),
-        *("idempotency-key", "traceparent", "x-amzn-trace-id"),
+        *("idempotency-key", "traceparent", "tracestate", "x-amzn-trace-id"),
         *("x-amz-date", "x-amz-security-token"),  # of a signature
     )
 )
@@ -130,17 +130,31 @@ class DynamoStoreSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerTls:
+    """Files of our own server, PEM: its certificate with what it is issued by, and the key. `place`: FILE:LINE of
+    `server.tls` in the config.
+    """
+
+    cert: str
+    key: str
+    place: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """`port` 0 takes a free one. `auth`: any of the tokens and keys opens the mapping API and the status page."""
+    """`port` 0 takes a free one. `auth`: any of the tokens and keys opens the mapping API and the status page. `tls`
+    None: plain http.
+    """
 
     host: str = "127.0.0.1"
     port: int = 9477
     auth: tuple[BearerAuth | AccessKeys, ...] = ()
+    tls: ServerTls | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """`format` None: console on a terminal, else json."""
+    """`format` None: console on a terminal, else json. `payloads`: of each invocation, at level debug."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] | None = None
@@ -157,9 +171,19 @@ class RetrySettings:
 
 @dataclass(frozen=True, slots=True)
 class LimitSettings:
-    """`buffer_bytes`: records held in memory by the whole process, all shards and queues together."""
+    """`buffer_bytes`: records held in memory by the whole process, all shards and queues together. `shard_series`:
+    shards that have series of their own in the metrics; the worst ones, when there are more.
+    """
 
     buffer_bytes: int = 256 * 1024 * 1024
+    shard_series: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class TracingSettings:
+    """`endpoint`: of an OTLP/HTTP receiver; `/v1/traces` follows unless the path ends with it."""
+
+    endpoint: str = field(repr=False)  # its query may carry a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +208,7 @@ class Settings:
     log: LogSettings = LogSettings()
     retry: RetrySettings = RetrySettings()
     limits: LimitSettings = LimitSettings()
+    tracing: TracingSettings | None = None
     checkpoint_interval: float = 0.1
     lease_duration: float = 10.0
     shutdown_grace: float = 25.0
@@ -213,4 +238,7 @@ class Settings:
                         found.add(password)
                     case _:
                         pass
+        query = self.tracing.endpoint.partition("?")[2] if self.tracing else ""
+        if len(query) >= _SHORTEST_SECRET:
+            found.add(query)
         return frozenset(found)

@@ -5,6 +5,8 @@ mapping then waits for it, in sight of everybody.
 """
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -37,8 +39,8 @@ class Probe:
     async def source(self, source: SourceSpec) -> None:
         """ApiError: the source is not there, or may not be read."""
         try:
-            async with asyncio.timeout(_TIMEOUT):
-                await self._look(source)
+            async with self._clients_of(source) as clients, asyncio.timeout(_TIMEOUT):
+                await _look(clients, source)
         except SourceGone:
             text = _NO_QUEUE if source.kind is SourceKind.SQS else f"Stream not found: {source.arn}"
             raise _refused(text) from None
@@ -48,33 +50,26 @@ class Probe:
         except (PollerError, TimeoutError):
             pass
 
-    async def _look(self, source: SourceSpec) -> None:
-        match source.kind:
-            case SourceKind.SQS:
-                await queue_url(self._clients, source.region, source.account, source.name)
-            case SourceKind.DYNAMODB:
-                streams = await self._clients.client("dynamodbstreams", source.region, attempts=1)
-                with translated("DescribeStream", _NOT_THERE):
-                    await streams.describe_stream(StreamArn=source.arn, Limit=1)
-            case SourceKind.KINESIS:
-                kinesis = await self._clients.client("kinesis", source.region, attempts=1)
-                with translated("ListShards", _NOT_THERE):
-                    await kinesis.list_shards(StreamARN=source.arn.partition("/consumer/")[0], MaxResults=1)
-                if source.fan_out:
-                    with translated("DescribeStreamConsumer", _NOT_THERE):
-                        await kinesis.describe_stream_consumer(ConsumerARN=source.arn)
+    @asynccontextmanager
+    async def _clients_of(self, source: SourceSpec) -> AsyncIterator[AwsClients]:
+        """Those that the source is read with, while they are needed."""
+        self._clients.hold(source.role, source.region)
+        try:
+            yield self._clients.acting_as(source.role, source.region)
+        finally:
+            await self._clients.release(source.role)
 
     async def position(self, source: SourceSpec, shard: str, sequence: str) -> None:
         """ApiError: the shard has no such record, or not any more. Going there all the same would begin anywhere."""
         request = {"ShardId": shard, "ShardIteratorType": "AT_SEQUENCE_NUMBER"}
         refused = ("InvalidArgumentException", "ResourceNotFoundException", "TrimmedDataAccessException")
         try:
-            async with asyncio.timeout(_TIMEOUT):
+            async with self._clients_of(source) as clients, asyncio.timeout(_TIMEOUT):
                 if source.kind is SourceKind.DYNAMODB:
-                    client = await self._clients.client("dynamodbstreams", source.region, attempts=1)
+                    client = await clients.client("dynamodbstreams", source.region, attempts=1)
                     await client.get_shard_iterator(StreamArn=source.arn, SequenceNumber=sequence, **request)
                 else:
-                    client = await self._clients.client("kinesis", source.region, attempts=1)
+                    client = await clients.client("kinesis", source.region, attempts=1)
                     stream = source.arn.partition("/consumer/")[0]
                     await client.get_shard_iterator(StreamARN=stream, StartingSequenceNumber=sequence, **request)
         except ClientError as error:
@@ -109,6 +104,23 @@ class Probe:
             with translated("GetFunction", _NOT_THERE):
                 answer = await client.get_function(FunctionName=function.arn)
         return str(answer.get("Configuration", {}).get("Role", ""))
+
+
+async def _look(clients: AwsClients, source: SourceSpec) -> None:
+    match source.kind:
+        case SourceKind.SQS:
+            await queue_url(clients, source.region, source.account, source.name)
+        case SourceKind.DYNAMODB:
+            streams = await clients.client("dynamodbstreams", source.region, attempts=1)
+            with translated("DescribeStream", _NOT_THERE):
+                await streams.describe_stream(StreamArn=source.arn, Limit=1)
+        case SourceKind.KINESIS:
+            kinesis = await clients.client("kinesis", source.region, attempts=1)
+            with translated("ListShards", _NOT_THERE):
+                await kinesis.list_shards(StreamARN=source.arn.partition("/consumer/")[0], MaxResults=1)
+            if source.fan_out:
+                with translated("DescribeStreamConsumer", _NOT_THERE):
+                    await kinesis.describe_stream_consumer(ConsumerARN=source.arn)
 
 
 def _refused(text: str) -> ApiError:

@@ -1,10 +1,13 @@
-"""One aiobotocore session for the process: credentials, endpoints, cold clients, and the connections of hot calls."""
+"""aiobotocore sessions, one for the process and one for each role that it assumes: credentials, endpoints, cold
+clients, and the connections of hot calls.
+"""
 
 import asyncio
 import logging
 import ssl
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +24,8 @@ from botocore.utils import get_environ_proxies
 
 from poller import __version__
 from poller.aws.lean import EXPIRED_TOKEN_CODES, Credentials, LeanClient, safe_text, tcp_socket
+from poller.aws.role import AssumedRole
+from poller.clock import system_random
 from poller.errors import AccessDenied, ConfigError, PollerError, SourceUnavailable
 from poller.settings import AwsSettings
 
@@ -29,6 +34,20 @@ COLD_TIMEOUT = 60.0  # of one cold call with its repeat, whatever drips in
 _RELOAD_INTERVAL = 10.0  # between two loads of credentials that AWS calls expired
 _KEEPALIVE = 12.0  # idle seconds before a connection is closed; below what AWS's front ends keep, as aiobotocore does
 _COLD_CONNECTIONS = 50  # per client
+
+
+@dataclass(slots=True)
+class _Role:
+    """A role's clients. `holders`: of those who hold and release it."""
+
+    clients: "AwsClients"
+    holders: int = 0
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Credentials that cannot be had are the error of each call that needs them, in a sentence."""
+    record.exc_info = None
+    return True
 
 
 def answered_at(answer: Mapping[str, Any]) -> float | None:
@@ -43,8 +62,10 @@ def answered_at(answer: Mapping[str, Any]) -> float | None:
 class _SessionCredentials:
     """The session's credentials, loaded through the standard chain at the first use."""
 
-    def __init__(self, session: AioSession) -> None:
+    def __init__(self, session: AioSession, role: AssumedRole | None = None) -> None:
+        """`role`: what the session's provider is, in place of the chain."""
         self._session = session
+        self._role = role
         self._lock = asyncio.Lock()
         self._current: AioCredentials | AioRefreshableCredentials | None = None
         self._rejected = False
@@ -52,6 +73,8 @@ class _SessionCredentials:
 
     async def frozen(self) -> ReadOnlyCredentials:
         """Keys that are good now. AccessDenied when there are none, SourceUnavailable when loading them failed."""
+        if self._role is not None:
+            self._role.check()
         try:
             current = self._current
             if current is None or self._rejected:
@@ -69,8 +92,11 @@ class _SessionCredentials:
         self._rejected = True
 
     async def renew(self) -> None:
-        """Load them anew if AWS called them expired, so that cold clients, which share them, sign with new ones."""
-        if self._rejected and self._current is not None:
+        """Load them anew if AWS called them expired, so that cold clients, which share them, sign with new ones.
+
+        Those of a role are had before a client is: a cold call that begins without them would ask STS for itself.
+        """
+        if self._role is not None or (self._rejected and self._current is not None):
             await self.frozen()
 
     async def _load(self) -> AioCredentials | AioRefreshableCredentials:
@@ -103,7 +129,8 @@ class _SessionCredentials:
 class AwsClients:
     """Async context manager. Clients are made once for each service and region, shared, and closed on exit.
 
-    Entering raises ConfigError when the AWS profile or the CA bundle that is asked for cannot be used.
+    Entering raises ConfigError when the AWS profile or the CA bundle that is asked for cannot be used. Those of a role
+    (`acting_as`) are not entered: they live within these.
     """
 
     def __init__(self, settings: AwsSettings, max_connections: int = 4096) -> None:
@@ -111,6 +138,8 @@ class AwsClients:
         self._max_connections = max_connections
         self._session = AioSession()
         self._credentials = _SessionCredentials(self._session)
+        self._name = f"esm-poller-{system_random().getrandbits(32):08x}"  # of sessions of roles, in CloudTrail
+        self._roles: dict[str, _Role] = {}
         self._config = AioConfig(
             connect_timeout=5,
             read_timeout=20,
@@ -129,6 +158,7 @@ class AwsClients:
             logger = logging.getLogger(name)
             if logger.getEffectiveLevel() < logging.INFO:
                 logger.setLevel(logging.INFO)  # at DEBUG they log whole bodies and signatures
+            logging.getLogger(f"{name}.credentials").addFilter(_without_traceback)
         context = await self._trust()
         self._http = await self._stack.enter_async_context(
             aiohttp.ClientSession(
@@ -148,7 +178,50 @@ class AwsClients:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        for role in self._roles.values():
+            await role.clients._close()  # noqa: SLF001 - its own class
         await self._stack.aclose()
+
+    def acting_as(self, role: str | None, region: str) -> "AwsClients":
+        """Clients that have a role's credentials, the same for all that ask for the role; these with None.
+
+        Nothing is called yet: what STS says comes out of the calls, as AccessDenied or SourceUnavailable. `region`:
+        that of STS, unless the settings or the standard chain have one. They are closed with these; whoever may outlive
+        the need of them holds and releases the role.
+        """
+        if role is None:
+            return self
+        if role not in self._roles:
+            made = AwsClients(self._settings)
+            made._http = self._http
+
+            async def sts() -> Any:
+                configured = self._settings.region or self._session.get_config_variable("region")
+                return await self.client("sts", configured or region)
+
+            assumed = AssumedRole(role, self._name, sts)
+            made._session.register_component("credential_provider", assumed)
+            made._credentials = _SessionCredentials(made._session, assumed)
+            self._roles[role] = _Role(made)
+        return self._roles[role].clients
+
+    def hold(self, role: str | None, region: str) -> None:
+        """Keep a role's clients open until `release`."""
+        if role is not None:
+            self.acting_as(role, region)
+            self._roles[role].holders += 1
+
+    async def release(self, role: str | None) -> None:
+        """Close a role's clients with the last who holds them."""
+        if role is not None:
+            held = self._roles[role]
+            held.holders -= 1
+            if held.holders == 0:
+                del self._roles[role]
+                await held.clients._close()  # noqa: SLF001 - its own class
 
     async def _trust(self) -> ssl.SSLContext:
         """The same as the cold clients': AWS_CA_BUNDLE or `ca_bundle` of the profile, else botocore's own bundle."""

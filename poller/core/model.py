@@ -4,6 +4,7 @@ Durations are seconds, instants are epoch seconds, both float. Sequence numbers 
 (21 to 56 digits) and are compared as integers, never as text.
 """
 
+import json
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,6 +31,20 @@ class SourceKind(StrEnum):
         return self is not SourceKind.SQS
 
 
+class Trace(NamedTuple):
+    """The trace that something belongs to, as the headers that say so; empty where there is none."""
+
+    xray: str = ""
+    """`X-Amzn-Trace-Id`. That of a record is whatever its producer wrote."""
+    parent: str = ""
+    """`traceparent`, W3C Trace Context version 00, checked."""
+    state: str = ""
+    """`tracestate`: one line of printable ASCII; only with `parent`."""
+
+
+NO_TRACE = Trace()
+
+
 class Record(NamedTuple):
     """One record or message, encoded once to the JSON object that the Lambda event carries.
 
@@ -49,8 +64,8 @@ class Record(NamedTuple):
     """SQS receipt handle."""
     expires: float = inf
     """When its visibility ends (queues)."""
-    trace: str = ""
-    """`X-Amzn-Trace-Id` that came with it, or empty."""
+    trace: Trace = NO_TRACE
+    """That came with it."""
 
 
 class PositionKind(StrEnum):
@@ -70,6 +85,37 @@ class Position:
 
     kind: PositionKind
     value: str = ""
+
+
+def position_of(kind: str, value: str) -> Position:
+    """A position as a store keeps it. ValueError: it is none, for somebody edited it."""
+    position = Position(PositionKind(kind), value)
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no value of {kind}")  # noqa: TRY004 - whatever type it has, it was edited
+    match position.kind:
+        case PositionKind.AT | PositionKind.AFTER:
+            is_sound = value.isascii() and value.isdigit()
+        case PositionKind.AT_TIMESTAMP | PositionKind.LATEST:
+            is_sound = 0 <= float(value) < inf if value else position.kind is PositionKind.LATEST
+        case _:
+            is_sound = value == ""
+    if not is_sound:
+        raise ValueError(f"{value!r} is no value of {kind}")
+    return position
+
+
+def resume_of(text: str) -> tuple[tuple[int, ...], ...]:
+    """The vectors of a checkpoint from the JSON that a store keeps. ValueError, TypeError: somebody edited it."""
+    try:
+        vectors = json.loads(text)
+    except RecursionError:
+        vectors = None
+    if not isinstance(vectors, list) or not all(
+        isinstance(vector, list) and vector and all(type(floor) is int and floor >= 0 for floor in vector)
+        for vector in vectors
+    ):
+        raise ValueError("its resume vectors are no lists of sequence numbers")
+    return tuple(map(tuple, vectors))
 
 
 TRIM_HORIZON = Position(PositionKind.TRIM_HORIZON)
@@ -130,7 +176,8 @@ class Fetch:
 class SourceSpec:
     """The event source of a mapping, taken apart. `name` is the stream's, table's or queue's.
 
-    `fan_out`: `arn` is that of a stream's registered consumer (enhanced fan-out), not the stream's own.
+    `fan_out`: `arn` is that of a stream's registered consumer (enhanced fan-out), not the stream's own. `role`: the ARN
+    of the role that it is read with; None: with the daemon's own credentials.
     """
 
     kind: SourceKind
@@ -140,6 +187,7 @@ class SourceSpec:
     name: str
     fifo: bool = False
     fan_out: bool = False
+    role: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,14 +341,16 @@ class Notice:
 
 
 class Invocation(NamedTuple):
-    """One call of a target. `key` is the Idempotency-Key: the same for every attempt at the same batch."""
+    """One call of a target. `key` is the Idempotency-Key: the same for every attempt at the same batch. `trace`: what
+    the target is told.
+    """
 
     mapping: MappingId
     request_id: str
     attempt: int
     key: str
     payload: bytes
-    trace: str = ""
+    trace: Trace = NO_TRACE
 
 
 class ReplyStatus(StrEnum):

@@ -19,6 +19,7 @@ from poller.control import known_mappings
 from poller.core.filters import compile_filter
 from poller.core.model import (
     MAX_PAYLOAD_BYTES,
+    NO_TRACE,
     Delivered,
     Invocation,
     Mapping,
@@ -152,7 +153,7 @@ class Redrive:
         self._random: random.Random = system_random()
         self._backoff = Backoff(settings.retry.initial_backoff, settings.retry.maximum_backoff, self._random.random)
         self._sources = Sources(clients, self._clock)
-        self._readers: dict[tuple[str, str], Refetcher] = {}
+        self._readers: dict[tuple[str, str, str | None], Refetcher] = {}  # stream, function's role, role to read with
         self._functions: dict[tuple[FunctionSettings, str], _Function] = {}
         self._rate = Gate(None, options.rate)
         self._rows: dict[MappingId, dict[ShardId, Row]] = {}
@@ -399,7 +400,9 @@ class Redrive:
         function_arn = letter.record.function_arn
         is_of_mapping = letter.mapping is not None and letter.mapping.function.arn == function_arn
         role = letter.mapping.function.role if letter.mapping and is_of_mapping else _role(function_arn)
-        key = (source.arn, role)
+        if letter.mapping is not None:
+            source = replace(source, role=letter.mapping.source.role)
+        key = (source.arn, role, source.role)
         if key not in self._readers:
             facts = traits(parse_source(source.arn.partition("/consumer/")[0]))
             assert facts is not None  # a failure record is of a stream
@@ -418,7 +421,7 @@ class Redrive:
                 await self._hold(letter, function.target.timeout + _HOLD_MARGIN)
                 tries += 1
                 request = new_request_id(self._random)
-                trace = records[0].trace if records else ""
+                trace = records[0].trace if records else NO_TRACE
                 reply = await function.target.invoke(Invocation(uuid, request, tries, key, body, trace))
             outcome = self._judge(reply, records, letter)
             match outcome:

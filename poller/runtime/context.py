@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from poller.core.model import Mapping, Record, StreamTraits
 from poller.core.retry import Backoff
-from poller.ports import CheckpointStore, Clock, Destination, MappingObserver, QueueSource, StreamSource, Target
+from poller.ports import CheckpointStore, Clock, Destination, MappingObserver, QueueSource, StreamSource, Target, Tracer
 from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.lease_keeper import LeaseKeeper
@@ -69,7 +69,8 @@ class Calls:
 class Pipe:
     """One mapping with what it is connected to. The sources are opened anew at each start of the mapping.
 
-    `matches`: is a record to be delivered? None: all are. `destination` None: discarded batches are dropped.
+    `matches`: is a record to be delivered? None: all are. `destination` None: discarded batches are dropped. `tracer`
+    None: nothing is traced.
     """
 
     mapping: Mapping
@@ -82,4 +83,5 @@ class Pipe:
     open_queue: Callable[[], Awaitable[QueueSource]]
     matches: Callable[[Record], bool] | None = None
     destination: Destination | None = None
+    tracer: Tracer | None = None
     calls: Calls = field(default_factory=Calls, compare=False)

@@ -1,11 +1,13 @@
 """One invocation, the same for streams and queues: payload, request id, metrics, judgement."""
 
+import asyncio
 import random
 import uuid
 from typing import NamedTuple
 
 from poller.core.model import (
     MAX_PAYLOAD_BYTES,
+    NO_TRACE,
     Batch,
     Delivered,
     Failed,
@@ -21,6 +23,7 @@ from poller.core.model import (
 from poller.core.replies import idempotency_key, judge, payload, window_tail
 from poller.ports import Clock
 from poller.runtime.context import Pipe
+from poller.runtime.payloads import payload_log
 
 
 class Attempt(NamedTuple):
@@ -32,14 +35,17 @@ class Attempt(NamedTuple):
 
 
 async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, batch: Batch, shard: ShardId = "") -> Attempt:
-    """Call the target once with a batch and say what became of it. Counts and times the call."""
+    """Call the target once with a batch and say what became of it. Counts, times and traces the call."""
     mapping, records, window = pipe.mapping, batch.records, batch.window
     request_id = new_request_id(rng)
+    span = pipe.tracer.begin(batch, shard, request_id) if pipe.tracer is not None else None
     body = payload(records, window_tail(window, shard, mapping.source.arn)) if window else payload(records)
     if len(body) > MAX_PAYLOAD_BYTES:
         # Lambda would answer 413 without running the function, and that spends an attempt (semantics 4.2).
         pipe.observer.invoked("error", len(records), 0.0)
         error = f"the event has {len(body)} bytes, more than the {MAX_PAYLOAD_BYTES} that an invocation may carry"
+        if span is not None:
+            span.end("error", error=error)
         return Attempt(Failed(error), request_id)
     call = Invocation(
         mapping=mapping.id,
@@ -47,13 +53,19 @@ async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, batch: Batch, sha
         attempt=batch.attempt,
         key=idempotency_key(mapping.id, mapping.source.arn, records, shard, window),
         payload=body,
-        trace=records[0].trace if records else "",
+        trace=span.trace if span is not None else records[0].trace if records else NO_TRACE,
     )
     started = clock.now()
     pipe.observer.invoking(1)
     pipe.calls.begin()
+    if payload_log.is_on:
+        payload_log.sent(mapping, call)
     try:
         reply = await pipe.target.invoke(call)
+    except asyncio.CancelledError:
+        if span is not None:
+            span.end("cancelled", error="cut off: the target's answer was not waited for")
+        raise
     finally:
         pipe.calls.end()
         pipe.observer.invoking(-1)
@@ -64,7 +76,12 @@ async def invoke(pipe: Pipe, clock: Clock, rng: random.Random, batch: Batch, sha
         ordered=mapping.source.kind.is_stream,
         window=window,
     )
-    pipe.observer.invoked(_label(reply, outcome), len(records), clock.now() - started)
+    if payload_log.is_on:
+        payload_log.answered(mapping, call, reply, outcome)
+    label = _label(reply, outcome)
+    pipe.observer.invoked(label, len(records), clock.now() - started)
+    if span is not None:
+        span.end(label, reply.status_code, outcome.error if isinstance(outcome, Failed | Throttled) else "")
     if isinstance(outcome, Failed):
         pipe.result.text = "PROBLEM: Function call failed"
     elif not isinstance(outcome, Throttled):

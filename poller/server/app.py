@@ -21,6 +21,7 @@ from poller.clock import wall_clock
 from poller.errors import ApiError, PollerError, StoreUnavailable
 from poller.ports import Clock, Control
 from poller.server import api, operate, page, sigv4
+from poller.server.certificate import Certificate
 from poller.server.history import History
 from poller.server.remote import IDENTITY, REMOTE, REQUEST_ID, Private, Remote
 from poller.server.sigv4 import Unauthorized
@@ -60,8 +61,7 @@ class Server:
         """`control`: `Remote` where workers do what is asked for. `private`: this is one of them, and serves the one
         that asks the others' questions; then `settings` do not matter.
 
-        `ids` makes the request ids, which every log line of a request carries. `history`: whoever starts the server
-        runs it beside.
+        `ids` makes the request ids, which every log line of a request carries.
 
         `wall`: epoch seconds to hold the date of a signature against. Not `clock`, which does not follow when the wall
         clock is set or the machine was suspended; then it would refuse every signature until a restart.
@@ -79,6 +79,7 @@ class Server:
         self._next_report = -inf  # when a refusal may be logged again
         self._unreported = 0
         self._private = private
+        self._certificate: Certificate | None = None
         self._is_local = _is_loopback(settings.host)
         self.history = History(control, metrics, clock)
         app = web.Application(middlewares=[self._answer, self._guard], client_max_size=api.MAX_BODY_BYTES)
@@ -103,15 +104,20 @@ class Server:
         )
 
     async def start(self) -> int:
-        """Listen; answers the port, a free one when the settings say 0. PollerError: the address cannot be had."""
+        """Listen; answers the port, a free one when the settings say 0. PollerError: the address cannot be had.
+        ConfigError: its certificate cannot be used.
+        """
         if self._private is not None:
             await self._runner.setup()
             await web.UnixSite(self._runner, self._private.path).start()
             return 0
-        host, port = self._settings.host, self._settings.port
+        host, port, tls = self._settings.host, self._settings.port, self._settings.tls
+        if tls is not None:
+            self._certificate = await asyncio.to_thread(Certificate, tls)
         await self._runner.setup()
+        context = self._certificate.context if self._certificate else None
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            await web.TCPSite(self._runner, host, port, ssl_context=context).start()
         except OSError as error:
             await self._runner.cleanup()
             raise PollerError(
@@ -119,10 +125,22 @@ class Server:
                 "set `server.host` to an address of this machine and `server.port` to a free port it may use"
             ) from error
         bound = int(self._runner.addresses[0][1])
-        log.info("server_started", host=host, port=bound, auth=bool(self._settings.auth))
+        log.info("server_started", host=host, port=bound, auth=bool(self._settings.auth), tls=tls is not None)
         if not self._is_local and not self._settings.auth:
             log.warning("server_doors_closed", host=host, reason=_CLOSED)
         return bound
+
+    def renew(self) -> None:
+        """Look at the certificate's files now: they may have changed."""
+        if self._certificate is not None:
+            self._certificate.look_now()
+
+    async def run(self) -> None:
+        """What whoever starts the server runs beside it: the history, and changes of the certificate. For ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.history.run())
+            if self._certificate is not None:
+                tasks.create_task(self._certificate.watch())
 
     async def stop(self) -> None:
         """Stop listening; requests in progress get `SHUTDOWN_TIMEOUT` seconds to end."""

@@ -39,8 +39,8 @@ class Sources:
     async def open_stream(self, mapping: Mapping) -> StreamSource:
         """The stream of a mapping. Nothing is called yet, so it cannot fail for the stream's sake."""
         if mapping.source.fan_out:
-            role = mapping.function.role
-            return fanout.FanOutSource(mapping.source, role, self._clients, self._clock, self._limits)
+            clients, role = self._of(mapping.source), mapping.function.role
+            return fanout.FanOutSource(mapping.source, role, clients, self._clock, self._limits)
         return self.open_again(mapping.source, mapping.function.role)
 
     def open_again(self, source: SourceSpec, role: str) -> StreamSource:
@@ -49,9 +49,9 @@ class Sources:
         """
         match source.kind:
             case SourceKind.KINESIS:
-                return kinesis.KinesisSource(source, role, self._clients, self._clock, self._limits)
+                return kinesis.KinesisSource(source, role, self._of(source), self._clock, self._limits)
             case SourceKind.DYNAMODB:
-                return dynamodb.DynamoSource(source, self._clients, self._clock)
+                return dynamodb.DynamoSource(source, self._of(source), self._clock)
             case SourceKind.SQS:
                 raise ValueError(f"{source.arn} is a queue")
 
@@ -59,4 +59,9 @@ class Sources:
         """The queue of a mapping. Nothing is called yet."""
         if mapping.source.kind is not SourceKind.SQS:
             raise ValueError(f"{mapping.source.arn} is a stream")
-        return sqs.SqsSource(mapping.source, self._clients, self._clock, windowed=mapping.batch.window > 0)
+        clients = self._of(mapping.source)
+        return sqs.SqsSource(mapping.source, clients, self._clock, windowed=mapping.batch.window > 0)
+
+    def _of(self, source: SourceSpec) -> AwsClients:
+        """Those with the credentials that the source is read with."""
+        return self._clients.acting_as(source.role, source.region)

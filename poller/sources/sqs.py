@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from poller.aws.errors import ErrorTable, translate, translated
 from poller.aws.lean import AwsError, LeanClient, parse
 from poller.aws.queues import queue_url
 from poller.aws.session import COLD_TIMEOUT, AwsClients
-from poller.core.model import Record, SourceSpec
+from poller.core.model import NO_TRACE, Record, SourceSpec, Trace
 from poller.errors import PollerError, SourceThrottled, SourceUnavailable
 from poller.ports import Clock
 
@@ -28,7 +29,13 @@ _BATCH_CALLS = 16  # at once
 _HIDDEN_ATTRIBUTE = "SqsManagedSseEnabled"  # Lambda does not pass it on
 _ERRORS: ErrorTable = {}
 
+# W3C Trace Context 3.2 and 3.3. Anybody may write the attributes; what has not this form is not taken along.
+_TRACE_PARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACE_KEY = r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
+_TRACE_ENTRY = rf"{_TRACE_KEY}=[ -+\--<>-~]{{0,255}}[!-+\--<>-~]"
+_TRACE_STATE = re.compile(rf"(?=.{{1,512}}\Z){_TRACE_ENTRY}(?:[ \t]*,[ \t]*{_TRACE_ENTRY}){{0,31}}")
 
+_MOST_DIGITS = 15  # of a SentTimestamp: thirty thousand years
 _ABSENT = msgspec.Raw(b"")  # a default that no JSON value equals; `Raw | None` would not stay raw
 
 
@@ -72,6 +79,7 @@ class _Changed(msgspec.Struct):
 
 
 _receptions = msgspec.json.Decoder(_Received)
+_text = msgspec.json.Decoder(str)
 _changes = msgspec.json.Decoder(_Changed)
 _json = msgspec.json.Encoder().encode
 _log = structlog.get_logger()
@@ -123,12 +131,30 @@ class Encoder:
             message.MessageId,
             # A group of a standard queue is about fairness, not order.
             attributes.get("MessageGroupId", "") if self._fifo else "",
-            int(sent) / 1000 if sent.isascii() and sent.isdigit() else now,
+            int(sent) / 1000 if sent.isascii() and sent.isdigit() and len(sent) <= _MOST_DIGITS else now,
             wire,
             message.ReceiptHandle,
             expires,
-            attributes.get("AWSTraceHeader", ""),
+            _trace(attributes.get("AWSTraceHeader", ""), message.MessageAttributes or {}),
         )
+
+
+def _trace(xray: str, attributes: Mapping[str, MessageAttribute]) -> Trace:
+    """Of the system attribute that X-Ray writes, and the message attributes that OpenTelemetry does."""
+    parent = _trace_attribute(attributes, "traceparent", _TRACE_PARENT)
+    if not parent:
+        return Trace(xray) if xray else NO_TRACE
+    return Trace(xray, parent, _trace_attribute(attributes, "tracestate", _TRACE_STATE))
+
+
+def _trace_attribute(attributes: Mapping[str, MessageAttribute], name: str, form: re.Pattern[str]) -> str:
+    if (attribute := attributes.get(name)) is None:
+        return ""
+    try:
+        value = _text.decode(attribute.string_value)
+    except msgspec.DecodeError:  # binary: there is no text
+        return ""
+    return value if form.fullmatch(value) else ""
 
 
 def _message_attributes(attributes: Mapping[str, MessageAttribute]) -> bytes:
@@ -166,9 +192,12 @@ class SqsSource:
             async with asyncio.timeout(COLD_TIMEOUT):
                 answer = await client.get_queue_attributes(QueueUrl=url, AttributeNames=["VisibilityTimeout"])
         try:
-            return float(answer["Attributes"]["VisibilityTimeout"])
-        except (KeyError, ValueError):
-            raise SourceUnavailable("GetQueueAttributes: the answer has no VisibilityTimeout") from None
+            seconds = float(answer["Attributes"]["VisibilityTimeout"])
+        except (LookupError, OverflowError, TypeError, ValueError):
+            seconds = -1.0
+        if not 0 <= seconds <= MAX_VISIBILITY:
+            raise SourceUnavailable("GetQueueAttributes: the answer has no VisibilityTimeout")
+        return seconds
 
     async def receive(self, limit: int, wait: float, visibility: float) -> Sequence[Record]:
         """At most 10 messages after at most `wait` seconds, in whole seconds, rounded down; `visibility` rounded up."""

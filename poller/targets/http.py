@@ -38,7 +38,9 @@ _REQUEST_ID: Final = istr("X-Poller-Request-Id")
 _ATTEMPT: Final = istr("X-Poller-Attempt")
 _KEY: Final = istr("Idempotency-Key")
 _DEADLINE: Final = istr("X-Poller-Deadline-Ms")
-_TRACE: Final = istr("X-Amzn-Trace-Id")
+_XRAY: Final = istr("X-Amzn-Trace-Id")
+_TRACE_PARENT: Final = istr("traceparent")
+_TRACE_STATE: Final = istr("tracestate")
 _AUTHORIZATION: Final = istr("Authorization")
 _FUNCTION_ERROR: Final = "X-Amz-Function-Error"
 
@@ -89,9 +91,14 @@ class HttpTarget:
             _ATTEMPT: str(invocation.attempt),
             _KEY: invocation.key,
         }
+        xray, parent, state = invocation.trace
         # It comes with a record, so from anybody: what would break the header is not passed on.
-        if invocation.trace and invocation.trace.isascii() and invocation.trace.isprintable():
-            headers[_TRACE] = invocation.trace
+        if xray and xray.isascii() and xray.isprintable():
+            headers[_XRAY] = xray
+        if parent:
+            headers[_TRACE_PARENT] = parent
+            if state:
+                headers[_TRACE_STATE] = state
         if self._sigv4 is not None:
             try:
                 async with asyncio.timeout(self._connect_timeout):

@@ -45,8 +45,9 @@ class LambdaTarget:
         """One Invoke, never repeated. Never raises for what the function, Lambda or the network does."""
         headers = {"Content-Type": "application/json", "X-Amz-Invocation-Type": "RequestResponse"}
         # It comes with a record, so from anybody: what would break the header is not passed on.
-        if invocation.trace and invocation.trace.isascii() and invocation.trace.isprintable():
-            headers["X-Amzn-Trace-Id"] = invocation.trace
+        xray = invocation.trace.xray
+        if xray and xray.isascii() and xray.isprintable():
+            headers["X-Amzn-Trace-Id"] = xray
         await notice_closed()
         try:
             # Credentials first, in a time limit of their own: until they are there nothing can have been sent.

@@ -1,8 +1,10 @@
 """What the verbs share: exit codes, arguments, and talking to a running daemon."""
 
 import argparse
+import http.client
 import json
 import os
+import ssl
 import sys
 import urllib.error
 import urllib.request
@@ -40,8 +42,11 @@ def add_config(made: argparse.ArgumentParser) -> None:
 
 
 def add_url(made: argparse.ArgumentParser) -> None:
-    """`--url`."""
+    """`--url` and `--ca`."""
     made.add_argument("--url", default=DEFAULT_URL, help=f"of the daemon (default: {DEFAULT_URL})")
+    made.add_argument(
+        "--ca", metavar="FILE", help="PEM file of the CA to trust for https (default: $POLLER_CA, else the system's)"
+    )
 
 
 def seconds(text: str) -> float:
@@ -73,8 +78,11 @@ def read_text(what: str, path: str) -> str:
         raise ConfigError([f"{what}: {path} is not UTF-8 text"]) from None
 
 
-def ask(url: str, document: Any = None) -> dict[str, Any]:
-    """One request to a running daemon: GET, or POST of a JSON document. PollerError says what to check."""
+def ask(url: str, document: Any = None, *, ca: str | None = None) -> dict[str, Any]:
+    """One request to a running daemon: GET, or POST of a JSON document. PollerError says what to check.
+
+    `ca`: the file of `--ca`.
+    """
     if not url.startswith(("http://", "https://")):
         raise PollerError(f"--url {url} is not a URL; give one such as {DEFAULT_URL}")
     body = None if document is None else json.dumps(document).encode()
@@ -82,14 +90,36 @@ def ask(url: str, document: Any = None) -> dict[str, Any]:
     if token := os.environ.get("POLLER_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=10, context=_trust(url, ca)) as answer:  # noqa: S310
             found: dict[str, Any] = json.load(answer)
             return found
     except urllib.error.HTTPError as error:
         raise PollerError(f"{url} answered {error.code} {error.reason}{_why(error)}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise PollerError(f"no daemon answers at {url}: {reason}; is `poller run` up, and on this port?") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise PollerError(_unanswered(url, getattr(error, "reason", error))) from None
+
+
+def _trust(url: str, ca: str | None) -> ssl.SSLContext | None:
+    """Whom to believe that it is the daemon. PollerError: the CA's file cannot be used."""
+    if not url.startswith("https://"):
+        return None
+    file = ca or os.environ.get("POLLER_CA") or None
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:  # ssl.SSLError too
+        reason = "it is no PEM file with certificates" if isinstance(error, ssl.SSLError) else error.strerror
+        raise PollerError(f"the CA file {file} cannot be used: {reason}; see --ca and POLLER_CA") from None
+
+
+def _unanswered(url: str, reason: object) -> str:
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        hint = "give the file of its CA with --ca or POLLER_CA, and a host name that the certificate has"
+        return f"{url}: the certificate is not trusted: {reason.verify_message}; {hint}"
+    if isinstance(reason, ssl.SSLError):
+        return f"{url} does not answer with TLS: {reason.reason or reason}; is it http:// there?"
+    if isinstance(reason, http.client.BadStatusLine | ConnectionResetError) and url.startswith("http://"):
+        return f"{url} broke the connection off; is it https:// there (`server.tls`)?"
+    return f"no daemon answers at {url}: {reason}; is `poller run` up, and on this port?"
 
 
 def _why(error: urllib.error.HTTPError) -> str:

@@ -63,10 +63,11 @@ def _seek(given: argparse.Namespace) -> int:
 def _order(given: argparse.Namespace, verb: str, order: dict[str, Any], state: str | None, done: str) -> int:
     """Ask, then wait until the daemon has done it."""
     base = given.url.rstrip("/")
-    answer = ask(f"{base}/api/mappings/{quote(given.mapping, safe='')}/{verb}", order)
+    answer = ask(f"{base}/api/mappings/{quote(given.mapping, safe='')}/{verb}", order, ca=given.ca)
     uuid, ends_at = answer["uuid"], time.monotonic() + given.wait
     while True:
-        mapping = next((one for one in ask(f"{base}/api/status")["mappings"] if one["uuid"] == uuid), None)
+        shown = ask(f"{base}/api/status", ca=given.ca)["mappings"]
+        mapping = next((one for one in shown if one["uuid"] == uuid), None)
         if mapping is None:
             raise PollerError(f"mapping {uuid} was deleted meanwhile")
         if state is None and mapping["state"] == "Disabled":

@@ -4,9 +4,13 @@ import argparse
 import asyncio
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from poller.errors import ConfigError
 from poller.verbs.common import OK, Verbs, add_config, add_verb, seconds
+
+if TYPE_CHECKING:
+    from poller.settings import Settings
 
 _MOST_WORKERS = 64
 
@@ -36,6 +40,7 @@ def _run(given: argparse.Namespace) -> int:
     from poller.config import find_path, load
 
     settings = load(find_path(given.config))
+    _check_certificate(settings)
     if given.workers > 1:
         from poller.workers.parent import run as run_workers
 
@@ -45,12 +50,22 @@ def _run(given: argparse.Namespace) -> int:
     return run(settings)
 
 
+def _check_certificate(settings: "Settings") -> None:
+    """ConfigError. Not a part of `load`: verbs that serve nothing need not be able to read the key."""
+    from poller.server.certificate import load
+
+    if settings.server.tls is not None:
+        load(settings.server.tls)
+
+
 def _validate(given: argparse.Namespace) -> int:
     from poller.config import find_path, load, resolved
+    from poller.filemodes import loose_modes
 
     settings = load(find_path(given.config))
+    _check_certificate(settings)
     print(resolved(settings))
-    for warning in settings.warnings:
+    for warning in (*settings.warnings, *loose_modes(settings)):
         print(f"warning: {warning}", file=sys.stderr)
     if given.connect:
         from poller.app import check_connections

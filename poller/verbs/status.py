@@ -58,7 +58,7 @@ def add(verbs: Verbs) -> None:
 def _status(given: argparse.Namespace) -> int:
     url = given.url.rstrip("/") + "/api/status"
     if given.watch is None:
-        found = _fetch(url)
+        found = _fetch(url, given.ca)
         print(json.dumps(found, indent=2) if given.json else "\n".join(status_lines(found, brief=given.brief)))
         return OK
     try:
@@ -78,7 +78,7 @@ def _watch(url: str, given: argparse.Namespace) -> None:
     while True:
         next_at = time.monotonic() + given.watch
         try:
-            found = _fetch(url)
+            found = _fetch(url, given.ca)
             lines = [json.dumps(found)] if given.json else status_lines(found, brief=given.brief)
         except PollerError as error:
             if found is None:
@@ -103,8 +103,8 @@ def _screen(lines: Sequence[str], size: os.terminal_size) -> str:
     return "\x1b[H" + "".join(f"{line[: size.columns]}\x1b[K\n" for line in lines) + "\x1b[J"
 
 
-def _fetch(url: str) -> Document:
-    found = ask(url)
+def _fetch(url: str, ca: str | None) -> Document:
+    found = ask(url, ca=ca)
     if not isinstance(found, dict) or not isinstance(found.get("mappings"), list):
         raise PollerError(f"{url} does not answer as a poller does; is it the daemon's address?")
     return found

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import structlog
@@ -19,6 +19,8 @@ from poller.clock import SystemClock, system_random, wall_clock
 from poller.core.model import Lease, Member
 from poller.core.retry import Backoff
 from poller.errors import PollerError, StoreUnavailable
+from poller.filemodes import loose_modes
+from poller.notify import Notifier, for_children
 from poller.ports import CheckpointStore, Clock
 from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM
 from poller.runtime.waiting import sleep_until, wait_until
@@ -55,6 +57,7 @@ class Parent:
         self._is_ending = False  # workers have been told to stop
         self._fatal = ""
         self._pool = Pool(lambda loan: self._tell(loan[0], Granted(loan[1])))
+        self._notifier = Notifier(os.environ, os.getpid())
         self.port = 0
 
     def stop(self) -> None:
@@ -75,12 +78,11 @@ class Parent:
         self._trouble = Backoff(TROUBLE_INITIAL, TROUBLE_MAXIMUM, rng.random)
         self._name = member_name(rng)
         remote = self._remote = Remote(self._count, clock)
-        metrics = Metrics(clock, remote.status, remote.counted)
-        file = ConfigFile(settings, metrics)
+        metrics = Metrics(clock, remote.status, remote.counted, shard_series=settings.limits.shard_series)
+        file = ConfigFile(settings, metrics, self._notifier)
         loop = asyncio.get_running_loop()
         for asked in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(asked, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, file.read_again)
         store = self._store = await open_store(settings, metrics.store_observer(), stack)
         self._is_owner = isinstance(store, SqliteStore)
         if self._is_owner:  # whoever used it before us is dead, else it would have the lock
@@ -94,7 +96,14 @@ class Parent:
                 f"the directory for sockets has too long a name: {self._folder}; set TMPDIR to a shorter one"
             )
         stack.push_async_callback(remote.close)
-        server = Server(settings.server, remote, metrics, clock, rng)
+        await stack.enter_async_context(self._notifier.telling(remote, clock))
+        server = self._server = Server(settings.server, remote, metrics, clock, rng)
+
+        def reload() -> None:
+            file.read_again()
+            server.renew()
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
         stack.push_async_callback(server.stop)
         self.port = await server.start()
         for number in range(self._count):
@@ -105,11 +114,12 @@ class Parent:
                 tasks.create_task(file.watch()),
                 tasks.create_task(self._follow(file)),
                 tasks.create_task(self._refresh()),
-                tasks.create_task(server.history.run()),
+                tasks.create_task(server.run()),
                 tasks.create_task(self._say_started(settings)),
             ]
             await self._stop.wait()
             _log.info("stopping", grace=settings.shutdown_grace)
+            self._notifier.stopping()
             remote.stopping()
             await self._end(keepers, settings.shutdown_grace)
             for helper in helpers:
@@ -131,6 +141,7 @@ class Parent:
             mappings=len(self._remote.status()),
             port=self.port,
         )
+        self._notifier.ready()
 
     async def _refresh(self) -> None:
         while True:
@@ -140,9 +151,11 @@ class Parent:
     async def _follow(self, file: ConfigFile) -> None:
         while True:
             self._settings = await file.changed()
+            self._server.renew()
             for number in self._channels:
                 self._tell(number, Changed(self._stamped()))
             _log.info("config_reloaded", config=self._settings.path, mappings=len(self._settings.mappings))
+            self._notifier.ready()
 
     def _stamped(self) -> Settings:
         """Where members of a fleet differ, the file that was written last counts. On a store of our own it is the one
@@ -237,6 +250,7 @@ class Parent:
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=inherited,
+                env=for_children(os.environ),  # systemd listens to one process
                 process_group=0,  # a terminal signals the parent alone
             )
         self._processes[number] = process
@@ -295,6 +309,8 @@ def run(settings: Settings, count: int) -> int:
     configure_logging(settings.log, settings.secrets())
     for warning in settings.warnings:
         _log.warning("config_warning", warning=warning)
+    for loose in loose_modes(settings):
+        _log.warning("file_mode_warning", **asdict(loose))
     try:
         return asyncio.run(Parent(settings, count).run())
     except PollerError as error:

@@ -23,6 +23,7 @@ from poller.core.model import (
     RetryPolicy,
     SourceKind,
     SourceSpec,
+    Trace,
 )
 from poller.errors import IteratorExpired, SourceGone, SourceUnavailable
 from poller.ports import QueueSource, StreamSource
@@ -376,7 +377,7 @@ class TestQueues:
         trace = "Root=1-5759e988-bd862e3fe1be46a994272793;Sampled=1"
         await queue.send("x", MessageSystemAttributes={"AWSTraceHeader": {"DataType": "String", "StringValue": trace}})
         [record] = await queue.source.receive(1, 0, 30.0)
-        assert record.trace == trace
+        assert record.trace == Trace(trace)
 
     async def test_a_fifo_group_keeps_order_and_is_locked_while_in_flight(
         self, make_queue: Callable[..., Awaitable[QueueRig]]

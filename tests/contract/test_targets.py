@@ -14,7 +14,7 @@ from aiohttp import web
 
 from poller.aws.session import AwsClients
 from poller.clock import SystemClock
-from poller.core.model import MAX_PAYLOAD_BYTES, Invocation, Reply, ReplyStatus
+from poller.core.model import MAX_PAYLOAD_BYTES, Invocation, Reply, ReplyStatus, Trace
 from poller.ports import Target
 from poller.settings import AwsSettings, HttpFunction, LambdaFunction
 from poller.targets import open_target
@@ -54,7 +54,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def invocation(payload: bytes = EVENT, trace: str = "") -> Invocation:
-    return Invocation("3f0e-mapping", "5b1c-request", 3, "k" * 32, payload, trace)
+    return Invocation("3f0e-mapping", "5b1c-request", 3, "k" * 32, payload, Trace(trace))
 
 
 async def invoke(kind: str, script: Script, wait: float = 5.0, early: bool = False) -> Reply:

@@ -18,12 +18,15 @@ _accounts = itertools.count(100_000_000_001)
 
 @functools.cache
 def running(name: str) -> str:
-    """The URL of a running `ministack`, `roto` or `moto`, started at the first use and ended with this process."""
+    """The URL of a running `ministack`, `roto` or `moto`, started at the first use and ended with this process.
+
+    `ministack-iam` is a MiniStack of its own that obeys IAM policies.
+    """
     for _ in range(3):  # somebody else may take the port between our look and the emulator's bind
         port = free_port()
         process = subprocess.Popen(
             _command(name, port),
-            env=_environment(port),
+            env=_environment(name, port),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -49,7 +52,7 @@ def free_port() -> int:
 
 def _command(name: str, port: int) -> list[str]:
     match name:
-        case "ministack":
+        case "ministack" | "ministack-iam":
             return [str(_BIN / "ministack")]
         case "roto":
             return [str(_BIN / "roto-server"), "--ephemeral", "--port", str(port)]
@@ -58,8 +61,9 @@ def _command(name: str, port: int) -> list[str]:
     raise ValueError(name)
 
 
-def _environment(port: int) -> dict[str, str]:
+def _environment(name: str, port: int) -> dict[str, str]:
     ours = {
+        "AUTH": "true" if name == "ministack-iam" else "false",
         "GATEWAY_PORT": str(port),
         "BIND_HOST": "127.0.0.1",
         "MINISTACK_HOST": "127.0.0.1",

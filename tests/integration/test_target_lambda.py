@@ -10,7 +10,7 @@ import pytest
 
 from poller.aws.session import AwsClients
 from poller.clock import SystemClock
-from poller.core.model import Invocation, Reply, ReplyStatus
+from poller.core.model import Invocation, Reply, ReplyStatus, Trace
 from poller.ports import Target
 from poller.settings import LambdaFunction
 from poller.targets import open_target
@@ -59,7 +59,9 @@ def target_of(clients: AwsClients, arn: str) -> Target:
 
 async def invoke(target: Target, record: str) -> Reply:
     payload = json.dumps({"Records": [record]}).encode()
-    return await target.invoke(Invocation("mapping", "request", 1, "key", payload, "Root=1-5759e988-bd862e3fe1be46a9"))
+    return await target.invoke(
+        Invocation("mapping", "request", 1, "key", payload, Trace("Root=1-5759e988-bd862e3fe1be46a9"))
+    )
 
 
 async def test_a_function_runs_and_its_answer_comes_back(ministack: str, connect: Connect) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,15 @@ from poller.settings import (
     DynamoStoreSettings,
     HttpFunction,
     LambdaFunction,
+    LimitSettings,
     RetrySettings,
     ServerSettings,
+    ServerTls,
     Settings,
     SigV4Auth,
     StoreSettings,
     TlsSettings,
+    TracingSettings,
 )
 
 NOW = 1_780_000_000.0
@@ -105,7 +109,7 @@ store: sqlite:./poller.db
 server: {{host: "::1", port: 0, auth: [{{type: bearer, token: a}}, {{type: bearer, token: b}}]}}
 log: {{level: debug, format: console, payloads: false}}
 retry: {{initial_backoff_seconds: 1, maximum_backoff_seconds: 2}}
-limits: {{buffer_bytes: 2097152}}
+limits: {{buffer_bytes: 2097152, shard_series: 0}}
 checkpoint_interval_seconds: 0.5
 shutdown_grace_seconds: 3
 """
@@ -138,7 +142,7 @@ shutdown_grace_seconds: 3
     assert settings.server == ServerSettings("::1", 0, (BearerAuth("a"), BearerAuth("b")))
     assert (settings.log.level, settings.log.format, settings.log.payloads) == ("debug", "console", False)
     assert settings.retry == RetrySettings(1, 2)
-    assert settings.limits.buffer_bytes == 2_097_152
+    assert settings.limits == LimitSettings(buffer_bytes=2_097_152, shard_series=0)
     assert (settings.checkpoint_interval, settings.shutdown_grace) == (0.5, 3.0)
     assert settings.warnings == ()
 
@@ -461,33 +465,47 @@ def test_one_mistake(mistakes, text, mistake):
     assert re.match(r"\d+: \S.*: .+; .+|\d+: \S.*: .+\?$", found), found
 
 
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [
-        ("server: {tls: {cert: a, key: b}}", "server.tls"),
-        ("tracing: {endpoint: 'http://127.0.0.1:4318'}", "tracing"),
-        ("limits: {shard_series: 5}", "limits.shard_series"),
-        ("log: {payloads: true}", "log.payloads"),
-        ("log: {payloads: '${UNSET:-on}'}", "log.payloads"),
-        (
-            mapping("Options: {AssumeRoleArn: 'arn:aws:iam::123456789012:role/reader'}"),
-            "event_source_mappings[0].Options.AssumeRoleArn",
-        ),
-    ],
-)
-def test_features_to_come_are_refused(mistakes, monkeypatch, text, path):
-    """What this version cannot do is never silently ignored."""
-    monkeypatch.delenv("UNSET", raising=False)
-    (found,) = mistakes(text)
-    assert f" {path}: " in found
-    assert "is not supported by this version of esm-poller yet; take " in found
-
-
 @pytest.mark.parametrize("value", ["false", "'${UNSET:-no}'", ""])
-def test_not_logging_payloads_is_what_happens_anyway(load, monkeypatch, value):
-    """Only true asks for something that this version cannot do."""
+def test_payloads_are_not_logged_unless_asked_for(load, monkeypatch, value):
+    """Only true asks for them."""
     monkeypatch.delenv("UNSET", raising=False)
-    assert load(f"log: {{payloads: {value}}}").log.payloads is False
+    assert load(f"log: {{level: debug, payloads: {value}}}").log.payloads is False
+
+
+def test_logged_payloads_need_the_level(load):
+    """Asked for where they would not show, that is warned about."""
+    assert load("log: {level: debug, payloads: true}").warnings == ()
+    settings = load("log: {payloads: true}")
+    assert settings.log.payloads
+    assert settings.warnings == ("poller.yaml:1: log.payloads: has no effect unless log.level is debug",)
+
+
+def test_the_certificate_knows_its_place(load):
+    """Errors about its files name the line; where it stands does not make it another one."""
+    tls = load("log: {level: info}\nserver:\n  port: 1\n  tls: {cert: a.pem, key: b.pem}").server.tls
+    assert tls == ServerTls("a.pem", "b.pem")
+    assert tls.place == "poller.yaml:4"
+
+
+def test_tracing_needs_its_extra(load, mistakes, monkeypatch):
+    """Without its packages a config with tracing is refused, with the command that installs them."""
+    text = "tracing: {endpoint: 'https://traces.example.com/?key=s3cret-key'}"
+    settings = load(text)
+    assert settings.tracing == TracingSettings("https://traces.example.com/?key=s3cret-key")
+    assert "s3cret" not in repr(settings)
+    assert "key=s3cret-key" in settings.secrets()
+    assert load(ORDERS).tracing is load("tracing: null").tracing is None
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    (mistake,) = mistakes(text)
+    assert mistake == (
+        "1: tracing: needs opentelemetry-sdk, which is not installed here; run pip install 'esm-poller[tracing]' "
+        "or take tracing out"
+    )
+    assert load(ORDERS).tracing is None
 
 
 def test_one_emulator_has_one_rate_whatever_its_names(mistakes, load):
@@ -500,11 +518,6 @@ def test_one_emulator_has_one_rate_whatever_its_names(mistakes, load):
     )
     assert len(load(text % ("rie", "")).functions) == 2
     assert len(load(text % ("http", ", max_invocations_per_second: 5")).functions) == 2
-
-
-def test_a_feature_to_come_still_has_its_shape_checked(mistakes):
-    """Two things are wrong, so two are said."""
-    assert len(mistakes("limits: {shard_series: soon}")) == 2
 
 
 @pytest.mark.parametrize(

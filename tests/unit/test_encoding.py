@@ -5,10 +5,11 @@ import json
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poller.core.model import Record, SourceKind, SourceSpec
+from poller.core.model import NO_TRACE, Record, SourceKind, SourceSpec, Trace
 from poller.sources import dynamodb, kinesis, sqs
 
 STREAM = SourceSpec(
@@ -254,7 +255,44 @@ def test_a_fifo_message_has_its_group_as_key() -> None:
     attributes = {**MESSAGE["Attributes"], **more, "SqsManagedSseEnabled": "true"}
     record = message(FIFO, Attributes=attributes)
     assert json.loads(record.wire)["attributes"] == {**MESSAGE["Attributes"], **more}
-    assert (record.key, record.trace) == ("g", "Root=1-2-3")
+    assert (record.key, record.trace) == ("g", Trace("Root=1-2-3"))
+
+
+PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("parent", "state", "expected"),
+    [
+        ({"StringValue": PARENT}, {"StringValue": "a=1, b@c=x y"}, Trace("Root=1", PARENT, "a=1, b@c=x y")),
+        ({"StringValue": PARENT}, None, Trace("Root=1", PARENT)),
+        ({"StringValue": PARENT}, {"StringValue": "a=1\r\nX-Evil: 1"}, Trace("Root=1", PARENT)),
+        (
+            {"StringValue": PARENT},
+            {"StringValue": ",".join(f"{key}={250 * 'x'}" for key in "abc")},
+            Trace("Root=1", PARENT),
+        ),
+        ({"StringValue": PARENT}, {"StringValue": ",".join(f"a{n}=1" for n in range(33))}, Trace("Root=1", PARENT)),
+        ({"StringValue": PARENT}, {"BinaryValue": "YT0x"}, Trace("Root=1", PARENT)),
+        ({"StringValue": PARENT + "\n"}, {"StringValue": "a=1"}, Trace("Root=1")),
+        ({"StringValue": PARENT.replace("00-", "01-")}, None, Trace("Root=1")),
+        ({"StringValue": PARENT.replace("00f067aa0ba902b7", "0" * 16)}, None, Trace("Root=1")),
+        ({"StringValue": PARENT.upper()}, None, Trace("Root=1")),
+        ({"BinaryValue": "YT0x"}, None, Trace("Root=1")),
+        (None, {"StringValue": "a=1"}, Trace("Root=1")),
+    ],
+)
+def test_a_trace_context_is_taken_from_message_attributes(parent, state, expected) -> None:
+    """traceparent and tracestate as W3C writes them; anybody may send a message, so anything else is not a trace."""
+    given = {"traceparent": parent, "tracestate": state}
+    attributes = {name: {"DataType": "String", **value} for name, value in given.items() if value is not None}
+    record = message(Attributes={**MESSAGE["Attributes"], "AWSTraceHeader": "Root=1"}, MessageAttributes=attributes)
+    assert record.trace == expected
+
+
+def test_a_message_without_a_trace_costs_no_object() -> None:
+    """All of them share one value."""
+    assert message().trace is NO_TRACE
 
 
 def test_a_group_of_a_standard_queue_is_no_order() -> None:

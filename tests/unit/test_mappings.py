@@ -21,6 +21,7 @@ from poller.mappings import (
     normalize,
     parse_source,
     resolve_function,
+    source_of,
 )
 from poller.settings import HttpFunction, LambdaFunction
 
@@ -342,25 +343,30 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones():
     assert 'did you mean "MaximumConcurrency"?' in only(queue(ScalingConfig={"maxConcurrency": 2})).hint
 
 
+@pytest.mark.parametrize("document", [stream(Options={"AssumeRoleArn": ROLE}), queue(Options={"AssumeRoleArn": ROLE})])
+def test_a_role_belongs_to_the_source(document):
+    """It is what the source is read with; without one that is our own credentials."""
+    assert problems(document) == []
+    normal = normalize(document)
+    spec, _ = resolve_function("f", {}, source_of(normal))
+    assert build("u", normal, spec, None).source.role == source_of(normal).role == ROLE
+    assert source_of(normalize({**document, "Options": {}})).role is None
+
+
 @pytest.mark.parametrize(
-    ("document", "path"),
-    [
-        (stream(Options={"AssumeRoleArn": ROLE}), "Options.AssumeRoleArn"),
-        (queue(Options={"CircuitBreaker": True, "AssumeRoleArn": ROLE}), "Options.AssumeRoleArn"),
-    ],
+    "role", ["role/reader-of-orders", "arn:aws:iam::123456789012:user/x", "arn:aws:iam::1:role/reader", ROLE + " "]
 )
-def test_features_to_come_are_refused(document, path):
-    """What this version cannot do is never silently ignored; the member is named."""
-    problem = only(document)
-    assert problem.path == path
-    assert problem.message.startswith(f"{path}: ")
-    assert "is not supported by this version of esm-poller yet" in problem.message
+def test_what_is_no_role_is_refused(role):
+    """The form is checked where it is written, not by STS days later."""
+    problem = only(stream(Options={"AssumeRoleArn": role}))
+    assert problem.path == "Options.AssumeRoleArn"
+    assert "the ARN of a role" in problem.hint
 
 
 def test_every_option_that_does_not_fit_is_named():
-    """All at once: one for queues only, one that is to come."""
-    found = problems(stream(Options={"ScaleUpPerMinute": 5, "AssumeRoleArn": ROLE}))
-    assert [problem.path for problem in found] == ["Options.ScaleUpPerMinute", "Options.AssumeRoleArn"]
+    """All at once, of those that are for queues only."""
+    found = problems(stream(Options={"ScaleUpPerMinute": 5, "CircuitBreaker": True}))
+    assert [problem.path for problem in found] == ["Options.ScaleUpPerMinute", "Options.CircuitBreaker"]
 
 
 def test_bisect_is_refused_with_the_way_out():

@@ -24,7 +24,7 @@ from poller import __version__
 from poller.aws.lean import Request as Signable
 from poller.aws.lean import sign
 from poller.clock import SystemClock
-from poller.core.model import MAX_PAYLOAD_BYTES, Invocation, Reply, ReplyStatus
+from poller.core.model import MAX_PAYLOAD_BYTES, Invocation, Reply, ReplyStatus, Trace
 from poller.errors import AccessDenied, ConfigError
 from poller.settings import BasicAuth, BearerAuth, HttpFunction, SigV4Auth, TlsSettings, is_reserved_header
 from poller.targets.http import HttpTarget
@@ -107,13 +107,24 @@ async def test_configured_headers_are_added_and_outrank_the_defaults() -> None:
 
 async def test_what_the_target_sets_itself_is_reserved() -> None:
     """Every header of a signed request with a trace; only Accept, Host and Authorization may be configured."""
-    call = CALL._replace(trace="Root=1-5759e988-bd862e3fe1be46a994272793")
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    call = CALL._replace(trace=Trace("Root=1-5759e988-bd862e3fe1be46a994272793", parent, "a=1"))
     async with serving(answering()) as server:
         async with target_at(f"http://127.0.0.1:{server.port}/", auth=SigV4Auth()) as target:
             await target.invoke(call)
         names = set(server.requests[0].headers)
-    assert {"x-amzn-trace-id", "x-amz-date", "x-amz-security-token"} < names
+    assert {"x-amzn-trace-id", "traceparent", "tracestate", "x-amz-date", "x-amz-security-token"} < names
     assert {name for name in names if not is_reserved_header(name)} == {"accept", "host", "authorization"}
+
+
+async def test_a_trace_context_is_passed_on() -> None:
+    """traceparent as it is, tracestate only where there is one."""
+    parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    async with serving(answering()) as server, target_at(f"http://127.0.0.1:{server.port}/") as target:
+        for trace in (Trace(parent=parent, state="a=1,b=2"), Trace(parent=parent), Trace()):
+            await target.invoke(CALL._replace(trace=trace))
+    seen = [[request.headers.get(name) for name in ("traceparent", "tracestate")] for request in server.requests]
+    assert seen == [[parent, "a=1,b=2"], [parent, None], [None, None]]
 
 
 @pytest.mark.parametrize(
