@@ -283,7 +283,7 @@ class Daemon:
         self.settings = settings  # as last read
         self._worker = worker
         self._grace = settings.shutdown_grace
-        self._is_late = False
+        self.is_late = False  # the wall clock was set back: after `run` somebody should begin anew, with `settings`
         self._stop = asyncio.Event()
         self._file: ConfigFile | None = None
         self._server: Server | None = None
@@ -293,8 +293,8 @@ class Daemon:
 
     def stop(self) -> None:
         """Stop in order; asked a second time, at once."""
-        if self._is_late:  # it is stopping already, to begin anew: that is left out
-            self._is_late = False
+        if self.is_late:  # it is stopping already, to begin anew: that is left out
+            self.is_late = False
             self._notifier.stopping()
             return
         if self._stop.is_set() and self._main is not None:
@@ -314,11 +314,8 @@ class Daemon:
         if self._server is not None:
             self._server.renew()
 
-    async def run(self) -> bool:
-        """Until `stop`: False. True: the wall clock was set back, and somebody should begin anew, with `settings`.
-
-        PollerError when it cannot start; CancelledError after a second stop.
-        """
+    async def run(self) -> None:
+        """Until `stop`, or until it `is_late`. PollerError when it cannot start; CancelledError after a second stop."""
         self._main = asyncio.current_task()
         loop = asyncio.get_running_loop()
         if self._worker is None:  # a worker is told by its parent
@@ -327,7 +324,6 @@ class Daemon:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
         async with AsyncExitStack() as stack:
             await self._run(stack, SystemClock(loop))
-        return self._is_late
 
     async def _run(self, stack: AsyncExitStack, clock: SystemClock) -> None:
         settings, worker = self.settings, self._worker
@@ -383,11 +379,12 @@ class Daemon:
             reloader = tasks.create_task(self._follow(control, worker.settings if worker else file.changed))
             watchers = [] if worker else [tasks.create_task(file.watch()), tasks.create_task(server.run())]
             follower = tasks.create_task(self._follow_members(control, clock, is_fleet=is_fleet))
-            timekeeper = tasks.create_task(self._keep_time(clock))
+            if worker is None:
+                watchers.append(tasks.create_task(self._keep_time(clock)))
             work = tasks.create_task(supervisor.run())
             await self._stop.wait()
             _log.info("stopping", grace=self._grace)
-            if self._is_late:
+            if self.is_late:
                 self._notifier.reloading()
             else:
                 self._notifier.stopping()
@@ -400,7 +397,6 @@ class Daemon:
             saver.cancel()
             reloader.cancel()
             follower.cancel()
-            timekeeper.cancel()
             for watcher in watchers:
                 watcher.cancel()
         _log.info("stopped")
@@ -432,11 +428,11 @@ class Daemon:
                 _log.error("members_not_followed", error=str(error))
 
     async def _keep_time(self, clock: SystemClock) -> None:
-        """A wall clock that was set back is followed by beginning anew: nothing that waits would end in time."""
-        while not (behind := clock.behind()):
-            await sleep_until(clock, clock.now() + _CLOCK_INTERVAL)
-        _log.error("clock_set_back", seconds=round(behind, 1), meaning="everything stops in order and begins anew")
-        self._is_late = True
+        """A wall clock that was set back is followed by beginning anew: nothing that waits would end in time. A daemon
+        that stops already just stops.
+        """
+        await set_back(clock)
+        self.is_late = not self._stop.is_set()
         self._stop.set()
 
     async def _follow(self, control: ControlPlane, changed: Callable[[], Awaitable[Settings]]) -> None:
@@ -457,6 +453,16 @@ def _tracing(settings: Settings) -> AbstractAsyncContextManager[Callable[[Mappin
     from poller.tracing import tracing  # noqa: PLC0415  # its packages are an extra
 
     return tracing(settings.tracing)
+
+
+async def set_back(clock: SystemClock) -> None:
+    """Wait until the wall clock was set back, and say so; say too when it has jumped ahead."""
+    while not (behind := clock.behind()):
+        if ahead := clock.jumped():
+            meaning = "the machine slept, or its clock was set: ages, limits of age and waits follow"
+            _log.warning("clock_jumped_ahead", seconds=round(ahead, 1), meaning=meaning)
+        await sleep_until(clock, clock.now() + _CLOCK_INTERVAL)
+    _log.error("clock_set_back", seconds=round(behind, 1), meaning="everything stops in order and begins anew")
 
 
 def member_name(rng: random.Random) -> str:
@@ -563,7 +569,12 @@ def run(settings: Settings) -> int:
     for loose in loose_modes(settings):
         _log.warning("file_mode_warning", **asdict(loose))
     try:
-        while asyncio.run((daemon := Daemon(settings)).run()):
+        while True:
+            daemon = Daemon(settings)
+            asyncio.run(daemon.run())
+            if not daemon.is_late:
+                break
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nobody hears it until the next one does
             settings = daemon.settings
     except asyncio.CancelledError:
         return 1

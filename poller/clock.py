@@ -21,6 +21,7 @@ class SystemClock:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._offset = time.time() - loop.time()
+        self._jumped = 0.0
 
     def now(self) -> float:
         """Epoch seconds."""
@@ -28,12 +29,18 @@ class SystemClock:
         ahead = time.time() - now
         if ahead > STEP:
             self._offset += ahead
+            self._jumped += ahead
             now += ahead
         return now
 
     def loop(self, at: float) -> float:
         """The same instant on `loop.time()`."""
         return at - self._offset
+
+    def jumped(self) -> float:
+        """By how many seconds it has followed the wall clock ahead since it was last asked."""
+        jumped, self._jumped = self._jumped, 0.0
+        return jumped
 
     def behind(self) -> float:
         """By how many seconds the wall clock has been set back since; 0 while that is less than `SET_BACK`. Until a

@@ -46,7 +46,8 @@ _log = structlog.get_logger(__name__)
 _MADE = "mapping/"  # store keys: API-made mappings
 _DELETED = "deleted/"  # API-made mappings whose positions are still to be deleted
 _DYNAMODB_READERS = 2  # at once of one shard (semantics 3.1)
-_CONFIG = "config/newest"  # what the config file of the fleet that was written last declares
+CONFIG = "config/newest"
+"""Document: what the config file of the fleet that was written last declares."""
 _TOGGLED = "enabled/"  # and `Enabled` of declared ones, set through the API
 _TAGGABLE = re.compile(
     r"arn:aws[a-zA-Z-]*:lambda:[a-z0-9-]+:[0-9]{12}:"
@@ -162,9 +163,9 @@ class ControlPlane:
         mine = {item.uuid: item.document for item in self._settings.mappings}
         at = self._settings.stamp[0] if self._settings.stamp else 0
         ours: dict[str, Any] = {"at": at, "mappings": mine, "functions": sorted(self._settings.functions)}
-        newest = (await self._store.documents(_CONFIG)).get(_CONFIG)
+        newest = (await self._store.documents(CONFIG)).get(CONFIG)
         if newest is None or newest["at"] < at:
-            await self._store.put_document(_CONFIG, ours)
+            await self._store.put_document(CONFIG, ours)
             newest = ours
         adopted = {}
         if newest["at"] > at:

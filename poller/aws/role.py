@@ -41,7 +41,7 @@ class AssumedRole:
     def check(self) -> None:
         """PollerError: the last call has failed, and it is too early for the next."""
         if self._problem is not None and self._answer is None and asyncio.get_running_loop().time() < self._next_at:
-            raise self._problem
+            raise self._problem.with_traceback(None)  # which would grow with every caller
 
     async def _refresh(self) -> dict[str, str]:
         """New ones, in botocore's form. While the old are good a failure is logged and they stay; else AccessDenied or
@@ -62,7 +62,8 @@ class AssumedRole:
                 finally:
                     self._next_at = asyncio.get_running_loop().time() + _INTERVAL
             if self._answer is None:
-                raise self._problem or SourceUnavailable(f"AssumeRole of {self._arn}: its credentials have expired")
+                problem = self._problem or SourceUnavailable(f"AssumeRole of {self._arn}: its credentials have expired")
+                raise problem.with_traceback(None)
             return self._answer
 
     async def _assume(self) -> dict[str, str]:

@@ -122,7 +122,7 @@ class LeaseKeeper:
 
     async def _look(self) -> None:
         self.members = await self._store.members()
-        now = self._clock.now()
+        now = self._awake()
         self._sightings.saw({name: member.beat for name, member in self.members.items()}, now)
         alive = [name for name in self._sightings.live(self.members, now) if name not in self._dead]
         live = sorted({*(name for name in alive if not self.members[name].info.get("leaving")), self.me})
@@ -224,7 +224,13 @@ class LeaseKeeper:
         """Is it another member that is alive?"""
         if member is None or member == self.me or member in self._dead or self.is_alone:
             return False
-        return self._sightings.is_live(member, self._clock.now())
+        return self._sightings.is_live(member, self._awake())
+
+    def _awake(self) -> float:
+        """For how long the others are silent counts in the loop's time, which does not jump: a wall clock that was set
+        ahead says nothing about them.
+        """
+        return self._clock.loop(self._clock.now())
 
     @property
     def is_first(self) -> bool:

@@ -107,7 +107,7 @@ def _refuse_password(settings: ServerTls) -> str:
 
 def _read(settings: ServerTls, key: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="ascii", errors="replace")
+        return Path(path).read_text(encoding="ascii", errors="ignore")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a file name"
         _refuse(settings, key, f"{path} cannot be read: {reason}; give a PEM file that this user may read")

@@ -29,7 +29,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
 
-from poller.core.model import Checkpoint, Lease, MappingId, Member, Position, PositionKind, Row, ShardId
+from poller.core.model import Checkpoint, Lease, MappingId, Member, Row, ShardId, position_of, resume_of
 from poller.errors import PollerError, StoreIncompatible, StoreInUse, StoreUnavailable
 from poller.ports import StoreObserver
 
@@ -431,9 +431,19 @@ class _File:
         made = f"{kept}.new"
         with suppress(FileNotFoundError):
             Path(made).unlink()
-        os.close(os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))  # SQLite takes an empty file
-        connection.execute("VACUUM INTO ?", (made,))
-        Path(made).replace(kept)
+        copy = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)  # SQLite takes an empty file
+        folder = os.open(Path(made).parent, os.O_RDONLY)
+        try:
+            connection.execute("VACUUM INTO ?", (made,))
+            os.fsync(copy)  # which SQLite leaves out here
+            Path(made).replace(kept)
+            os.fsync(folder)
+        except BaseException:
+            Path(made).unlink(missing_ok=True)  # the disk is full, perhaps
+            raise
+        finally:
+            os.close(copy)
+            os.close(folder)
 
 
 def _lock(lock_path: str, path: str) -> int:
@@ -491,14 +501,24 @@ def _load(connection: sqlite3.Connection, mapping: MappingId) -> dict[ShardId, R
     rows = {}
     for shard, kind, value, resume, tumbling, owner, token, parents, saved_at, wanted_by in found:
         try:
-            vectors = tuple(tuple(int(floor) for floor in vector) for vector in json.loads(resume))
-            checkpoint = Checkpoint(Position(PositionKind(kind), value), vectors, tumbling)
-            rows[shard] = Row(shard, checkpoint, tuple(json.loads(parents)), owner, token, saved_at or 0.0, wanted_by)
+            checkpoint = Checkpoint(position_of(kind, value), resume_of(resume), tumbling)
+            rows[shard] = Row(shard, checkpoint, _parents(parents), owner, token, saved_at or 0.0, wanted_by)
         except (TypeError, ValueError) as error:
             raise StoreUnavailable(
                 f"The store's row of mapping {mapping}, shard {shard} is damaged: {error}."
             ) from error
     return rows
+
+
+def _parents(text: str) -> tuple[ShardId, ...]:
+    """ValueError, TypeError: somebody edited it."""
+    try:
+        parents = json.loads(text)
+    except RecursionError:
+        parents = None
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ValueError("its parents are no list of shards")
+    return tuple(parents)
 
 
 def _acquire(connection: sqlite3.Connection, mapping: MappingId, row: Row, owner: str) -> Lease | None:
@@ -585,7 +605,7 @@ def _beat(connection: sqlite3.Connection, member_id: str, beat: int, info: str) 
 
 def _members(connection: sqlite3.Connection) -> dict[str, Member]:
     found = connection.execute("SELECT id, beat, info FROM members ORDER BY id")
-    return {name: Member(name, beat, json.loads(info)) for name, beat, info in found}
+    return {name: Member(name, beat, _parsed("member", name, info)) for name, beat, info in found}
 
 
 def _leave(connection: sqlite3.Connection, member_id: str) -> None:
@@ -658,11 +678,19 @@ def _documents(connection: sqlite3.Connection, prefix: str) -> dict[str, dict[st
     for key, text in connection.execute("SELECT key, document FROM documents WHERE key >= ? ORDER BY key", (prefix,)):
         if not key.startswith(prefix):
             break
-        try:
-            found[key] = json.loads(text)
-        except ValueError as error:
-            raise StoreUnavailable(f"The store's document {key} is damaged: {error}.") from error
+        found[key] = _parsed("document", key, text)
     return found
+
+
+def _parsed(what: str, name: str, text: str) -> dict[str, Any]:
+    """StoreUnavailable: somebody edited it into something else than a JSON object."""
+    try:
+        document = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StoreUnavailable(f"The store's {what} {name} is damaged: {error}.") from error
+    if not isinstance(document, dict):
+        raise StoreUnavailable(f"The store's {what} {name} is damaged: it is no JSON object.")
+    return document
 
 
 def _document_keys(connection: sqlite3.Connection, prefix: str) -> list[str]:

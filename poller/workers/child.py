@@ -17,8 +17,6 @@ from poller.workers.channel import Back, Begin, Changed, Channel, Granted, Start
 
 _log = structlog.get_logger(__name__)
 
-SET_BACK_CODE = 75
-"""What a worker ends with when the wall clock was set back: another one should begin anew. sysexits.h: EX_TEMPFAIL."""
 ORPHAN_GRACE = 2.0
 """Seconds for what is in flight when the parent has died: whoever restarts the daemon waits for it."""
 
@@ -128,8 +126,7 @@ async def _work(descriptor: int) -> int:
     async with asyncio.TaskGroup() as tasks:
         obeying = tasks.create_task(ordered.obey(daemon))
         try:
-            if await daemon.run():
-                return SET_BACK_CODE
+            await daemon.run()
         except PollerError as error:
             _log.critical("worker_not_started", error=str(error))
             return 1

@@ -14,14 +14,15 @@ from pathlib import Path
 import structlog
 
 from poller import __version__
-from poller.app import ConfigFile, member_name
-from poller.clock import SystemClock, system_random, wall_clock
+from poller.app import ConfigFile, member_name, set_back
+from poller.clock import SystemClock, system_random
+from poller.control import CONFIG
 from poller.core.model import Lease, Member
 from poller.core.retry import Backoff
 from poller.errors import PollerError, StoreUnavailable
 from poller.filemodes import loose_modes
 from poller.notify import Notifier, for_children
-from poller.ports import CheckpointStore, Clock
+from poller.ports import CheckpointStore
 from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM
 from poller.runtime.waiting import sleep_until, wait_until
 from poller.server.app import Server
@@ -31,7 +32,6 @@ from poller.stores import open_store
 from poller.stores.sqlite import SqliteStore
 from poller.telemetry import Metrics, configure_logging
 from poller.workers.channel import Back, Begin, Changed, Channel, Granted, Message, Started, Stop, Take
-from poller.workers.child import SET_BACK_CODE
 from poller.workers.pool import Pool
 
 _log = structlog.get_logger(__name__)
@@ -46,7 +46,7 @@ class Parent:
     """`poller run --workers N`: everything that lives as long as the daemon and is no worker."""
 
     def __init__(self, settings: Settings, count: int) -> None:
-        self._settings = settings
+        self.settings = settings  # as last read
         self._count = count
         self._channels: dict[int, Channel] = {}
         self._processes: dict[int, asyncio.subprocess.Process] = {}
@@ -54,6 +54,7 @@ class Parent:
         self._are_started = asyncio.Event()  # all of them
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self.is_late = False  # as of `Daemon`
         self._is_ending = False  # workers have been told to stop
         self._fatal = ""
         self._pool = Pool(lambda loan: self._tell(loan[0], Granted(loan[1])))
@@ -62,18 +63,22 @@ class Parent:
 
     def stop(self) -> None:
         """Stop in order; asked a second time, at once."""
+        if self.is_late:  # it is stopping already, to begin anew: that is left out
+            self.is_late = False
+            self._notifier.stopping()
+            return
         if self._stop.is_set():
             _log.warning("stop_forced", meaning="what was in flight is cut off and will be delivered again")
             self._stop_now.set()
         self._stop.set()
 
     async def run(self) -> int:
-        """Until `stop`; the exit code. PollerError when it cannot start."""
+        """Until `stop`, or until it `is_late`; the exit code. PollerError when it cannot start."""
         async with AsyncExitStack() as stack:
             return await self._run(stack, SystemClock(asyncio.get_running_loop()))
 
-    async def _run(self, stack: AsyncExitStack, clock: Clock) -> int:
-        settings, rng = self._settings, system_random()
+    async def _run(self, stack: AsyncExitStack, clock: SystemClock) -> int:
+        settings, rng = self.settings, system_random()
         self._clock = clock
         self._trouble = Backoff(TROUBLE_INITIAL, TROUBLE_MAXIMUM, rng.random)
         self._name = member_name(rng)
@@ -87,6 +92,7 @@ class Parent:
         self._is_owner = isinstance(store, SqliteStore)
         if self._is_owner:  # whoever used it before us is dead, else it would have the lock
             await _bury(store, lambda _: True)
+            await store.delete_document(CONFIG)  # of what was read at an hour that may be yet to come
         try:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="esm-poller-")))
         except OSError as error:
@@ -116,10 +122,14 @@ class Parent:
                 tasks.create_task(self._refresh()),
                 tasks.create_task(server.run()),
                 tasks.create_task(self._say_started(settings)),
+                tasks.create_task(self._keep_time(clock)),
             ]
             await self._stop.wait()
             _log.info("stopping", grace=settings.shutdown_grace)
-            self._notifier.stopping()
+            if self.is_late:
+                self._notifier.reloading()
+            else:
+                self._notifier.stopping()
             remote.stopping()
             await self._end(keepers, settings.shutdown_grace)
             for helper in helpers:
@@ -143,6 +153,12 @@ class Parent:
         )
         self._notifier.ready()
 
+    async def _keep_time(self, clock: SystemClock) -> None:
+        """As `Daemon` does, for the workers too: what we show is held against their instants."""
+        await set_back(clock)
+        self.is_late = not self._stop.is_set()
+        self._stop.set()
+
     async def _refresh(self) -> None:
         while True:
             await sleep_until(self._clock, self._clock.now() + _REFRESH_INTERVAL)
@@ -150,11 +166,11 @@ class Parent:
 
     async def _follow(self, file: ConfigFile) -> None:
         while True:
-            self._settings = await file.changed()
+            self.settings = await file.changed()
             self._server.renew()
             for number in self._channels:
                 self._tell(number, Changed(self._stamped()))
-            _log.info("config_reloaded", config=self._settings.path, mappings=len(self._settings.mappings))
+            _log.info("config_reloaded", config=self.settings.path, mappings=len(self.settings.mappings))
             self._notifier.ready()
 
     def _stamped(self) -> Settings:
@@ -162,8 +178,8 @@ class Parent:
         that was read last, whatever its time: it may be an old one that was put back.
         """
         if not self._is_owner:
-            return self._settings
-        return replace(self._settings, stamp=(round(wall_clock() * 1e9), 0, 0))
+            return self.settings
+        return replace(self.settings, stamp=(round(self._clock.now() * 1e9), 0, 0))
 
     def _tell(self, number: int, message: Message) -> None:
         if channel := self._channels.get(number):
@@ -284,8 +300,6 @@ class Parent:
 
 
 def _why(code: int) -> str:
-    if code == SET_BACK_CODE:
-        return "the wall clock was set back"
     return f"it was killed by signal {-code}" if code < 0 else f"it ended with code {code}"
 
 
@@ -312,7 +326,14 @@ def run(settings: Settings, count: int) -> int:
     for loose in loose_modes(settings):
         _log.warning("file_mode_warning", **asdict(loose))
     try:
-        return asyncio.run(Parent(settings, count).run())
+        while True:
+            parent = Parent(settings, count)
+            code = asyncio.run(parent.run())
+            if not parent.is_late:
+                break
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nobody hears it until the next one does
+            settings = parent.settings
     except PollerError as error:
         _log.critical("not_started", error=str(error))
         return 1
+    return code

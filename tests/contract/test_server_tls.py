@@ -111,6 +111,13 @@ def test_a_good_pair_is_loaded(files):
     assert 89 < (ends_at - certificate.wall_clock()) / 86_400 < 91
 
 
+def test_a_comment_in_any_language_is_none_of_our_business(authority, files):
+    """What stands before a certificate is for people, and `openssl` writes names there."""
+    cert, key = authority.issue()
+    files.put("subject=CN = Zoë Müller\n".encode() + cert, key)
+    assert certificate.load(files.settings)[1] > 0
+
+
 @pytest.mark.parametrize(
     ("issued", "key", "sentence"),
     [

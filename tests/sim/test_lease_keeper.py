@@ -28,9 +28,21 @@ class Store(MemoryStore):
         await super().beat(member)
 
 
+class JumpingClock(VirtualClock):
+    """Ahead of the loop by what it has jumped, as `SystemClock` is."""
+
+    jumped = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.jumped
+
+    def loop(self, at: float) -> float:
+        return super().loop(at - self.jumped)
+
+
 class Setup:
     def __init__(self, *, alone: bool = False) -> None:
-        self.clock = VirtualClock(asyncio.get_running_loop())
+        self.clock = JumpingClock(asyncio.get_running_loop())
         self.store = Store()
         self.keeper = LeaseKeeper(self.store, self.clock, "me", DURATION, Backoff(0.5, 5.0, lambda: 1.0), alone=alone)
         self.lost: list[float] = []
@@ -121,6 +133,30 @@ def test_a_slow_answer_counts_from_when_the_beat_was_sent() -> None:
         assert setup.lost == []
         setup.store.delay = 4.0
         await asyncio.sleep(20)
+        assert len(setup.lost) == 1
+
+    keeping(work)
+
+
+def test_a_wall_clock_that_jumps_ahead_kills_nobody_else() -> None:
+    """We may have been asleep and lose what we have; for how long the others are silent only counts while we look."""
+
+    async def work(setup: Setup) -> None:
+        async def other() -> None:
+            for beat in range(6):  # slow: a look of ours now and then finds nothing new
+                await MemoryStore.beat(setup.store, Member("you", beat + 1))
+                await asyncio.sleep(7.0)
+
+        beating = asyncio.ensure_future(other())
+        await asyncio.sleep(12)
+        assert list(setup.keeper.live) == ["me", "you"]
+        setup.clock.jumped = 3600.0
+        theirs = Row("a", Checkpoint(TRIM_HORIZON), owner="you", token=1)
+        while not beating.done():
+            assert setup.keeper.plan("m", [theirs]).take == ()
+            assert setup.keeper.is_live("you")
+            assert "you" in setup.keeper.live
+            await asyncio.sleep(0.1)
         assert len(setup.lost) == 1
 
     keeping(work)

@@ -59,7 +59,10 @@ def test_a_machine_that_slept_was_suspended(world) -> None:
     clock = SystemClock(loop)
     due = clock.now() + 60
     move(1, 3600)
+    assert not clock.jumped()
     assert clock.now() == 1_003_600.0
+    assert clock.jumped() == 3599.0
+    assert not clock.jumped(), "it is told once"
     assert clock.now() > due
     assert clock.loop(clock.now()) == loop.at
     assert not clock.behind()

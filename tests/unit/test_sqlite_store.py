@@ -351,6 +351,27 @@ async def test_the_copy_of_an_upgrade_is_whole_or_absent(path: Path, monkeypatch
     assert [found.name for found in path.parent.glob("*-version-*")] == [f"{path.name}-version-{version}"]
 
 
+async def test_the_copy_of_an_upgrade_is_on_the_disk_before_it_counts(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power after the upgrade must not leave a copy without content: SQLite does not wait for the disk."""
+    await (await SqliteStore.open(str(path), Requests())).close()
+    copy = Path(f"{path}-version-{len(sqlite.MIGRATIONS)}")
+    monkeypatch.setattr(sqlite, "MIGRATIONS", (*sqlite.MIGRATIONS, ("CREATE TABLE more (x)",)))
+    synced: list[tuple[str, int, bool]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        fsync(descriptor)
+        name = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((str(name), name.stat().st_size, copy.exists()))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    await (await SqliteStore.open(str(path), Requests())).close()
+    assert synced[:1] == [(f"{copy}.new", copy.stat().st_size, False)]
+    assert [(name, exists) for name, _, exists in synced[1:]] == [(str(path.parent), True)]
+
+
 async def test_the_first_release_left_stores_without_members(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows stay as they were, nobody wants them, and members can be kept."""
     with monkeypatch.context() as patch:
