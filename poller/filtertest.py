@@ -31,7 +31,8 @@ def judge(pattern: str, event: str) -> tuple[bool, list[str]]:
     document = _document(event)
     records = document.get("Records") if isinstance(document, dict) else None
     if not isinstance(records, list):
-        return _judge(patterns, document, "")
+        matched, lines = _judge(patterns, document, "")
+        return matched, _printable(lines)
     if not records:
         _judge(patterns, {}, "")  # a bad pattern is refused all the same
         return False, ["no match: the event has no records"]
@@ -40,7 +41,12 @@ def judge(pattern: str, event: str) -> tuple[bool, list[str]]:
         one, said = _judge(patterns, record, f"record {number}{_name(record)}: ")
         matched = matched or one
         lines += said
-    return matched, lines
+    return matched, _printable(lines)
+
+
+def _printable(lines: Sequence[str]) -> list[str]:
+    """JSON may hold half a pair of surrogates, which no terminal takes."""
+    return [line.encode(errors="backslashreplace").decode() for line in lines]
 
 
 def _patterns(text: str) -> list[str]:

@@ -127,8 +127,11 @@ def lease_of(item: Mapping[str, Any]) -> Lease | None:
         shard: str = item["shardId"]["S"] if stream else key
         owner: str | None = item.get("leaseOwner", {"S": None})["S"]
         found = tuple(sorted(parents.get("SS") or [parents["S"]])) if parents else ()
+        if not all(map(str.isprintable, (key, shard, stream, owner or "", *found))):
+            raise ValueError  # noqa: TRY301 - they stand in what a person reads
     except (KeyError, TypeError, ValueError):
-        raise PollerError(f"the lease {key} is damaged or no lease of KCL") from None
+        shown = key if key.isprintable() else ascii(key)
+        raise PollerError(f"the lease {shown} is damaged or no lease of KCL") from None
     if checkpoint not in _SENTINELS and not is_sequence(checkpoint):
         raise PollerError(f"the lease {key} has the checkpoint {checkpoint!r}, which is no sequence number")
     return Lease(shard, checkpoint, sub, owner, counter, found, stream)

@@ -12,6 +12,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.parsers import ResponseParserError
 
 from poller.aws.lean import EXPIRED_TOKEN_CODES, AwsError, safe_text
 from poller.errors import AccessDenied, PollerError, SourceGone, SourceThrottled, SourceUnavailable
@@ -112,5 +113,10 @@ def translated(what: str, table: ErrorTable) -> Iterator[None]:
         raise AccessDenied(f"{what}: no AWS credentials found") from None
     except CredentialRetrievalError:
         raise SourceUnavailable(f"{what}: AWS credentials cannot be loaded") from None
+    except ResponseParserError:  # its text quotes the answer
+        raise SourceUnavailable(f"{what}: the answer cannot be read") from None
     except (BotoCoreError, TimeoutError) as error:
         raise SourceUnavailable(f"{what}: {safe_text(str(error)) or type(error).__name__}") from None
+    except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError):
+        # What botocore's parsers raise for an answer of another form, and whoever reads what they made of it.
+        raise SourceUnavailable(f"{what}: the answer cannot be read") from None

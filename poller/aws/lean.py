@@ -121,8 +121,9 @@ def safe_text(text: str) -> str:
 
     Only the first line, because AWS's SignatureDoesNotMatch goes on with the canonical request, session token included.
     """
-    line = text.strip().partition("\n")[0][:300]
-    return _USERINFO.sub("//", _ACCESS_KEY.sub("***", line))
+    line = text.strip().partition("\n")[0]
+    # Cut off last: half a key or password is not recognised.
+    return _USERINFO.sub("//", _ACCESS_KEY.sub("***", line))[:300]
 
 
 def parse_error(status: int, headers: Mapping[str, str], body: bytes) -> AwsError:

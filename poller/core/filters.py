@@ -15,12 +15,12 @@ the rules: the EventBridge user guide, and aws/event-ruler, the library that AWS
 import binascii
 import ipaddress
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import reduce
 from itertools import product
-from math import isfinite
 from typing import Any, NamedTuple, NoReturn, TypeAlias, TypedDict
 
 import msgspec
@@ -87,6 +87,7 @@ _OPERATORS = (
 )
 _COMPARISONS = ("=", "<", "<=", ">", ">=")
 _RESERVED_IN_OR = frozenset(_OPERATORS + _COMPARISONS)
+_LARGEST = sys.float_info.max  # an integer in JSON may be larger, and is no float then
 _LONGEST_ADDRESS = 45  # characters of an IPv6 address that ends in an IPv4 one
 
 
@@ -210,13 +211,14 @@ def _rule(value: Any, place: str) -> _Rule:
     if isinstance(value, list):
         _refuse(place, "a list stands in a list of rules; give values or rule objects")
     if not isinstance(value, _Object):
-        if _is_number(value) and not isfinite(value):
+        if _is_number(value) and not -_LARGEST <= value <= _LARGEST:
             _refuse(place, "the number is too large")
         return _shown(value), _constant(value)
     name, operand = _operand(value, place)
     if name not in _OPERATORS:
         _unknown(name, _OPERATORS, place)
-    return _shown(value), _operator(name, operand, f"{place}.{name}")
+    test = _operator(name, operand, f"{place}.{name}")  # first: what it takes is not nested deep
+    return _shown(value), test
 
 
 def _operator(name: str, operand: Any, place: str) -> _Test | None:
@@ -532,7 +534,8 @@ def _read_object(  # noqa: PLR0917 - where in the field names, where in the text
         elif not item:
             _refuse(here, "the list of rules is empty; give at least one")
         elif target.rules:
-            _refuse(here, f"the field {field_path} is given twice, with dots and as objects; merge the two")
+            shown = field_path if field_path.isprintable() else json.dumps(field_path)
+            _refuse(here, f"the field {shown} is given twice, with dots and as objects; merge the two")
         else:
             target.rules.append(_Rules(field_path, item, here))
 

@@ -15,6 +15,7 @@ ShardId: TypeAlias = str
 MappingId: TypeAlias = str
 
 MAX_PAYLOAD_BYTES = 6_291_456  # of one invocation; AWS's 413 text
+MOST_DIGITS = 128  # of a sequence number; AWS's have 21 to 56, and with more than 4,300 Python makes no integer
 NO_LIMIT = -1  # MaximumRetryAttempts and MaximumRecordAgeInSeconds
 
 
@@ -94,7 +95,7 @@ def position_of(kind: str, value: str) -> Position:
         raise ValueError(f"{value!r} is no value of {kind}")  # noqa: TRY004 - whatever type it has, it was edited
     match position.kind:
         case PositionKind.AT | PositionKind.AFTER:
-            is_sound = value.isascii() and value.isdigit()
+            is_sound = value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS
         case PositionKind.AT_TIMESTAMP | PositionKind.LATEST:
             is_sound = 0 <= float(value) < inf if value else position.kind is PositionKind.LATEST
         case _:

@@ -154,11 +154,16 @@ def _encode(document: dict[str, Any]) -> bytes:
 
 
 def _milliseconds(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+    return _moment(at).isoformat(timespec="milliseconds") + "Z"
 
 
 def _seconds(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+    return _moment(at).isoformat(timespec="seconds") + "Z"
+
+
+def _moment(at: float) -> datetime:
+    """In UTC. A source may say anything of a record: what no calendar has becomes the nearest moment that it has."""
+    return datetime.fromtimestamp(min(max(at, 0.0), _END_OF_TIME), UTC).replace(tzinfo=None)
 
 
 @dataclass(frozen=True, slots=True)

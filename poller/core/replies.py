@@ -52,7 +52,7 @@ def window_tail(window: Window, shard: ShardId, source_arn: str) -> bytes:
 
 
 def _compact(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _instant(at: float) -> str:
@@ -121,7 +121,10 @@ def _judge_window(body: bytes, records: Sequence[Record], window: Window, *, rep
     state = answer.get("state") if isinstance(answer, dict) else None
     if not isinstance(state, dict) and not window.is_final:
         return Failed("the function's answer has no state, but the mapping has TumblingWindowInSeconds")
-    kept = _compact(state) if isinstance(state, dict) else None
+    try:
+        kept = _compact(state) if isinstance(state, dict) else None
+    except (ValueError, RecursionError):
+        return Failed("the function's state is no JSON: it is nested too deeply, or has NaN or a number beyond any")
     outcome = _judge_batch_response(answer, records, ordered=True) if report_failures else Delivered()
     match outcome:
         case Delivered():

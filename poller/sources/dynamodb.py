@@ -9,6 +9,7 @@ from poller.aws.errors import ErrorTable, translate, translated
 from poller.aws.lean import AwsError, LeanClient, parse
 from poller.aws.session import COLD_TIMEOUT, AwsClients, answered_at
 from poller.core.model import (
+    MOST_DIGITS,
     Fetch,
     Listing,
     Position,
@@ -22,6 +23,7 @@ from poller.core.model import (
 )
 from poller.errors import IteratorExpired, PositionTrimmed, SourceUnavailable
 from poller.ports import Clock
+from poller.sources.kinesis import named
 
 TRAITS = StreamTraits(fetch_limit=1000, tip_interval=0.25, has_timestamps=False)
 RETENTION = 86_400.0  # fixed by AWS
@@ -101,8 +103,13 @@ class Encoder:
         self._tail = b',"eventSourceARN":%b}' % _json(spec.arn)
 
     def encode(self, record: DynamoRecord) -> Record:
-        """The record with its wire bytes. msgspec's errors when its `dynamodb` member is malformed."""
+        """The record with its wire bytes. msgspec's errors when its `dynamodb` member is malformed, SourceUnavailable
+        when its sequence number is.
+        """
         change = _changes.decode(record.dynamodb)
+        number = change.SequenceNumber.encode()
+        if not number.isdigit() or len(number) > MOST_DIGITS:
+            raise SourceUnavailable("a record cannot be read (its sequence number is no number)")
         identity = record.user_identity
         wire = b"".join(
             (
@@ -147,13 +154,13 @@ class DynamoSource:
             with translated("DescribeStream", _ERRORS):
                 async with asyncio.timeout(COLD_TIMEOUT):
                     answer = await client.describe_stream(**page)
-            # The first page's: a shard that is made while the pages are read came after it.
-            at = at or answered_at(answer) or self._clock.now()
-            try:
-                description = answer["StreamDescription"]
-                shards.extend(_shard(listed) for listed in description["Shards"])
-            except KeyError as missing:
-                raise SourceUnavailable(f"DescribeStream: the answer has no {missing.args[0]}") from None
+                # The first page's: a shard that is made while the pages are read came after it.
+                at = at or answered_at(answer) or self._clock.now()
+                try:
+                    description = answer["StreamDescription"]
+                    shards.extend(_shard(listed) for listed in description["Shards"])
+                except KeyError as missing:
+                    raise SourceUnavailable(f"DescribeStream: the answer has no {missing.args[0]}") from None
             if not (last := description.get("LastEvaluatedShardId")):
                 return Listing(tuple(shards), at)
             page["ExclusiveStartShardId"] = last
@@ -212,7 +219,7 @@ class DynamoSource:
 def _shard(listed: dict[str, Any]) -> Shard:
     parent = listed.get("ParentShardId")
     return Shard(
-        id=listed["ShardId"],
-        parents=(parent,) if parent else (),
+        id=named(listed["ShardId"]),
+        parents=(named(parent),) if parent else (),
         closed="EndingSequenceNumber" in listed.get("SequenceNumberRange", {}),
     )

@@ -14,6 +14,7 @@ from poller.aws.errors import ErrorTable, translate, translated
 from poller.aws.lean import AwsError, LeanClient, parse
 from poller.aws.session import COLD_TIMEOUT, AwsClients, answered_at
 from poller.core.model import (
+    MOST_DIGITS,
     Fetch,
     Listing,
     Position,
@@ -83,9 +84,12 @@ class Encoder:
         )
 
     def encode(self, record: KinesisRecord) -> Record:
-        """The record with its wire bytes."""
+        """The record with its wire bytes. SourceUnavailable: its sequence number is none."""
         sequence = record.SequenceNumber
         number = sequence.encode()
+        # Positions are compared as numbers, and nothing may stand between these quotes.
+        if not number.isdigit() or len(number) > MOST_DIGITS:
+            raise SourceUnavailable("a record cannot be read (its sequence number is no number)")
         wire = b"".join(
             (
                 b'{"kinesis":{"kinesisSchemaVersion":"1.0","partitionKey":',
@@ -157,12 +161,12 @@ class KinesisSource:
             with translated("ListShards", _ERRORS):
                 async with asyncio.timeout(COLD_TIMEOUT):
                     answer = await client.list_shards(**page)
-            # The first page's: a shard that is made while the pages are read came after it.
-            at = at or answered_at(answer) or self._clock.now()
-            try:
-                shards.extend(_shard(listed) for listed in answer["Shards"])
-            except KeyError as missing:
-                raise SourceUnavailable(f"ListShards: the answer has no {missing.args[0]}") from None
+                # The first page's: a shard that is made while the pages are read came after it.
+                at = at or answered_at(answer) or self._clock.now()
+                try:
+                    shards.extend(_shard(listed) for listed in answer["Shards"])
+                except KeyError as missing:
+                    raise SourceUnavailable(f"ListShards: the answer has no {missing.args[0]}") from None
             if not (token := answer.get("NextToken")):
                 break
             page = {"NextToken": token, "MaxResults": _SHARDS_PER_PAGE}  # AWS refuses the stream's name beside a token
@@ -177,13 +181,15 @@ class KinesisSource:
         with translated("DescribeStreamSummary", _ERRORS):
             async with asyncio.timeout(COLD_TIMEOUT):
                 answer = await client.describe_stream_summary(StreamARN=self._spec.arn)
-        try:
-            summary = answer["StreamDescriptionSummary"]
-            retention = float(summary["RetentionPeriodHours"]) * 3600
-        except KeyError:
-            raise SourceUnavailable("DescribeStreamSummary: the answer has no RetentionPeriodHours") from None
-        created: datetime | None = summary.get("StreamCreationTimestamp")
-        return StreamFacts(retention, str(int(created.timestamp())) if created else "")
+            try:
+                summary = answer["StreamDescriptionSummary"]
+                retention = int(summary["RetentionPeriodHours"]) * 3600.0
+            except KeyError:
+                retention = 0.0
+            if retention <= 0:
+                raise SourceUnavailable("DescribeStreamSummary: the answer has no RetentionPeriodHours")
+            created: datetime | None = summary.get("StreamCreationTimestamp")
+            return StreamFacts(retention, str(int(created.timestamp())) if created else "")
 
     async def iterator(self, shard: ShardId, at: Position) -> str:
         """A read token, good for five minutes. LATEST is the tip of now, whatever its value."""
@@ -249,10 +255,17 @@ class KinesisSource:
 def _shard(listed: dict[str, Any]) -> Shard:
     parents = (listed.get("ParentShardId"), listed.get("AdjacentParentShardId"))
     return Shard(
-        id=listed["ShardId"],
-        parents=tuple(parent for parent in parents if parent),
+        id=named(listed["ShardId"]),
+        parents=tuple(named(parent) for parent in parents if parent),
         closed="EndingSequenceNumber" in listed.get("SequenceNumberRange", {}),
     )
+
+
+def named(value: Any) -> ShardId:
+    """A shard's name in a cold answer; botocore passes on whatever stands there. TypeError: it is none."""
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value
 
 
 def is_trimmed(error: AwsError) -> bool:

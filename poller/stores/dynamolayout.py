@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any
 
 from poller.clock import wall_clock
-from poller.core.model import Checkpoint, MappingId, Member, Position, PositionKind, Row, ShardId
+from poller.core.model import Checkpoint, MappingId, Member, PositionKind, Row, ShardId, position_of, resume_of
 from poller.errors import StoreUnavailable
 from poller.stores.dynamotable import TRANSACTION_BYTES, TRANSACTION_ITEMS, Item, Value, key, name_of
 
@@ -76,12 +76,9 @@ def row_of(mapping: MappingId, item: Item, window: str) -> Row:
     shard = name_of(item)
     try:
         kind, _, value = item["position"]["S"].partition(" ")
-        resume = tuple(
-            tuple(int(floor) for floor in vector) for vector in json.loads(item.get("resume", {"S": "[]"})["S"])
-        )
         return Row(
             shard,
-            Checkpoint(Position(PositionKind(kind), value), resume, window),
+            Checkpoint(position_of(kind, value), resume_of(item.get("resume", {"S": "[]"})["S"]), window),
             tuple(parent["S"] for parent in item.get("parentShardId", {"L": []})["L"]),
             item.get("leaseOwner", {"S": None})["S"],
             int(item["leaseCounter"]["N"]),
@@ -96,7 +93,7 @@ def member_of(item: Item) -> Member:
     """The member of an item. StoreUnavailable as for a row."""
     name = name_of(item)
     try:
-        return Member(name, int(item["beat"]["N"]), json.loads(item["info"]["S"]))
+        return Member(name, int(item["beat"]["N"]), parsed(name, item["info"]["S"]))
     except (KeyError, TypeError, ValueError) as error:
         raise StoreUnavailable(f"The store's member {name} is damaged: {error}.") from error
 
@@ -104,9 +101,11 @@ def member_of(item: Item) -> Member:
 def parsed(name: str, text: str) -> dict[str, Any]:
     """A document. StoreUnavailable as for a row."""
     try:
-        document: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise StoreUnavailable(f"The store's document {name} is damaged: {error}.") from error
+    if not isinstance(document, dict):
+        raise StoreUnavailable(f"The store's document {name} is damaged: it is no JSON object.")
     return document
 
 
