@@ -17,9 +17,9 @@ class Scaling:
     """The limit is a level times a health.
 
     The level begins at 5 loops, grows by `growth` loops a minute while replies are full and all loops are there, is
-    halved by a throttle, and falls back to 5 when the queue is empty. The health, 1 at most, falls with each failed
-    batch and rises with each successful one: so it follows the share of failures, and a few of them in many batches
-    cost nothing.
+    halved by a throttle and by messages that expired in our hands, and falls back to 5 when the queue is empty. The
+    health, 1 at most, falls with each failed batch and rises with each successful one: so it follows the share of
+    failures, and a few of them in many batches cost nothing.
     The limit is never below 1 and `floor`, never above `ceiling`.
     """
 
@@ -77,7 +77,7 @@ class Scaling:
         self._health = max(self._health * _FAILURE, 1 / max(1.0, self._level))
 
     def throttled(self, loops: int, now: float) -> None:
-        """The target refused a batch, while so many loops were there."""
+        """The target refused a batch, or was so slow that messages expired, while so many loops were there."""
         if now - self._cut_at >= _CUT_PAUSE:
             self._cut_at = now
             self._grow(now)

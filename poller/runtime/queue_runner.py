@@ -325,6 +325,10 @@ class QueueRunner:
         if self._circuit and self._circuit.ran():
             _log.info("circuit_closed", mapping=self._mapping.id, function=self._mapping.function.name)
 
+    def expired(self) -> None:
+        """See `Pool.expired`."""
+        self._scaling.throttled(len(self._loops), self._clock.now())
+
     def is_holding(self) -> bool:
         """See `Pool.is_holding`."""
         return any(loop.held for loop in self._loops)

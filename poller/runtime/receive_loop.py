@@ -79,6 +79,10 @@ class Pool(Protocol):
         """An invocation ended."""
         ...
 
+    def expired(self) -> None:
+        """Messages could not be kept until they were done: more is in flight than the machine or the target bears."""
+        ...
+
     def is_holding(self) -> bool:
         """Does any loop hold messages?"""
         ...
@@ -461,6 +465,7 @@ class ReceiveLoop:
         if not expired:
             return False
         self._warn("messages_expired", messages=expired, meaning="their visibility ended before they were delivered")
+        self._pool.expired()
         if self._mapping.source.fifo:
             await self._return()  # they must not overtake what expired
             return True
@@ -494,7 +499,8 @@ class ReceiveLoop:
             return
         left = await self._queue.deletes.delete(records)
         self._queue.pipe.observer.deleted(len(records) - left)
-        if left:
+        if left:  # as a rule somebody else has received them meanwhile
+            self._pool.expired()
             self._warn("delete_failed", messages=left, meaning="they will be delivered again")
 
     async def _delay(self, records: Sequence[Record], delays: dict[str, float]) -> None:

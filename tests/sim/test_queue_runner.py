@@ -492,6 +492,31 @@ def test_throttles_lower_concurrency_at_once() -> None:
     run(main)
 
 
+def test_a_target_that_slows_down_under_load_is_not_given_more_than_it_bears() -> None:
+    """It does ten batches a second, however many it is given. Where messages cannot be kept for longer, what is in flight
+    beyond that would all expire, be delivered again, and expire again.
+    """
+
+    class Busy(Target):
+        async def invoke(self, call) -> Reply:
+            self.seconds = (self.running + 1) / 10
+            return await super().invoke(call)
+
+    async def main():
+        queue = FakeQueue(VirtualClock(asyncio.get_running_loop()), 4.0)
+        queue.deaf = lambda: True
+        setup = Setup(Busy(timeout=60), queue=queue)
+        queue.send(*map(str, range(12_000)))
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(240)
+        assert not queue.left()
+        assert sum(message.receives for message in queue.messages) < 2 * len(queue.messages)
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
 def test_a_message_may_come_back_when_its_answer_says() -> None:
     """`delaySeconds` sets the visibility of that message alone."""
 
