@@ -203,7 +203,13 @@ def test_watch_ends_with_ctrl_c() -> None:
     """The real process, interrupted while it waits: exit 0, no traceback."""
     with Daemon(body(mapping(1))) as daemon:
         command = [sys.executable, "-m", "poller", "status", "--watch", "60", "--json", "--url", daemon.url]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        # As a terminal starts it: whoever runs the tests in the background may have SIGINT ignored.
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        with process:
             assert json.loads(process.stdout.readline())["mappings"]
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0
