@@ -78,6 +78,7 @@ class Remote:
         self._is_stopping = False
         self._refreshing = asyncio.Lock()
         self._refreshed_at = 0.0
+        self._changed_at = 0.0  # when the last request was forwarded: what it did must show in the next answer
 
     # --- what the parent says
 
@@ -116,7 +117,8 @@ class Remote:
     async def refresh(self) -> None:
         """Ask every worker how it does. One that does not answer is a problem of its own; its last report stays."""
         async with self._refreshing:
-            if self._clock.now() - self._refreshed_at < _FRESH:
+            now = self._clock.now()
+            if now - self._refreshed_at < _FRESH and self._refreshed_at > self._changed_at:
                 return
             async with asyncio.TaskGroup() as tasks:
                 for number, worker in self._up.items():
@@ -124,7 +126,7 @@ class Remote:
             labels = self._labels()
             if labels or not self._down:  # else nobody knows which mappings are still there
                 self._kept = lasting(self._kept, labels)
-            self._refreshed_at = self._clock.now()
+            self._refreshed_at = now
 
     async def _ask(self, number: int, worker: _Worker) -> None:
         if worker.session.closed:
@@ -194,6 +196,7 @@ class Remote:
                     request.method, url, data=body, headers=headers, allow_redirects=False
                 ) as answer:
                     content = await answer.read()
+                    self._changed_at = self._clock.now()
                     return web.Response(
                         status=answer.status, body=content, headers=_picked(answer.headers, _ANSWER_HEADERS)
                     )
