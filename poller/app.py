@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import structlog
 
@@ -314,8 +314,8 @@ class Daemon:
         if self._server is not None:
             self._server.renew()
 
-    async def run(self) -> None:
-        """Until `stop`, or until it `is_late`. PollerError when it cannot start; CancelledError after a second stop."""
+    async def run(self) -> int:
+        """Until `stop`, or until it `is_late`; 0. PollerError: it cannot start. CancelledError: after a second stop."""
         self._main = asyncio.current_task()
         loop = asyncio.get_running_loop()
         if self._worker is None:  # a worker is told by its parent
@@ -324,6 +324,7 @@ class Daemon:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
         async with AsyncExitStack() as stack:
             await self._run(stack, SystemClock(loop))
+        return 0
 
     async def _run(self, stack: AsyncExitStack, clock: SystemClock) -> None:
         settings, worker = self.settings, self._worker
@@ -561,8 +562,23 @@ async def _reach(sources: Sources, mapping: Mapping) -> None:
         await stream.close()
 
 
-def run(settings: Settings) -> int:
-    """Run the daemon; the exit code of `poller run`."""
+class Life(Protocol):
+    """One life of `poller run`: a daemon, or the parent of workers."""
+
+    settings: Settings
+    """As last read."""
+    is_late: bool
+    """After `run`: the wall clock was set back, and another one should begin anew, with `settings`."""
+
+    async def run(self) -> int:
+        """Until it is stopped, or `is_late`; the exit code. PollerError when it cannot start; CancelledError when it is
+        cut off.
+        """
+        ...
+
+
+def run(settings: Settings, begin: Callable[[Settings], Life] = Daemon) -> int:
+    """Live one life after the other until one ends for good; the exit code of `poller run`."""
     configure_logging(settings.log, settings.secrets())
     for warning in settings.warnings:
         _log.warning("config_warning", warning=warning)
@@ -570,15 +586,14 @@ def run(settings: Settings) -> int:
         _log.warning("file_mode_warning", **asdict(loose))
     try:
         while True:
-            daemon = Daemon(settings)
-            asyncio.run(daemon.run())
-            if not daemon.is_late:
-                break
+            life = begin(settings)
+            code = asyncio.run(life.run())
+            if not life.is_late:
+                return code
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nobody hears it until the next one does
-            settings = daemon.settings
+            settings = life.settings
     except asyncio.CancelledError:
         return 1
     except PollerError as error:
         _log.critical("not_started", error=str(error))
         return 1
-    return 0

@@ -8,19 +8,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
-from poller import __version__
+from poller import __version__, app
 from poller.app import ConfigFile, member_name, set_back
 from poller.clock import SystemClock, system_random
 from poller.control import CONFIG
 from poller.core.model import Lease, Member
 from poller.core.retry import Backoff
 from poller.errors import PollerError, StoreUnavailable
-from poller.filemodes import loose_modes
 from poller.notify import Notifier, for_children
 from poller.ports import CheckpointStore
 from poller.runtime.context import TROUBLE_INITIAL, TROUBLE_MAXIMUM
@@ -30,7 +29,7 @@ from poller.server.remote import Remote
 from poller.settings import Settings
 from poller.stores import open_store
 from poller.stores.sqlite import SqliteStore
-from poller.telemetry import Metrics, configure_logging
+from poller.telemetry import Metrics
 from poller.workers.channel import Back, Begin, Changed, Channel, Granted, Message, Started, Stop, Take
 from poller.workers.pool import Pool
 
@@ -320,20 +319,4 @@ async def _bury(store: CheckpointStore, is_dead: Callable[[str], bool]) -> None:
 
 def run(settings: Settings, count: int) -> int:
     """Run the daemon with so many workers; the exit code of `poller run`."""
-    configure_logging(settings.log, settings.secrets())
-    for warning in settings.warnings:
-        _log.warning("config_warning", warning=warning)
-    for loose in loose_modes(settings):
-        _log.warning("file_mode_warning", **asdict(loose))
-    try:
-        while True:
-            parent = Parent(settings, count)
-            code = asyncio.run(parent.run())
-            if not parent.is_late:
-                break
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nobody hears it until the next one does
-            settings = parent.settings
-    except PollerError as error:
-        _log.critical("not_started", error=str(error))
-        return 1
-    return code
+    return app.run(settings, lambda newest: Parent(newest, count))
