@@ -1,4 +1,4 @@
-"""The hot AWS calls without botocore's serializers and parsers: signed by botocore, sent by aiohttp.
+"""The hot AWS calls without botocore's serializers and parsers: signed as botocore does, sent by aiohttp.
 
 Endpoint, signing name and credentials come from an aiobotocore client and session, so FIPS, dual-stack, partitions,
 custom endpoints and every credential provider work as they do for cold calls. Only what a poller calls all the time
@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import aiohttp
 import msgspec
 from aiohttp.abc import AbstractStreamWriter
-from botocore.auth import SigV4Auth
 from botocore.credentials import ReadOnlyCredentials
 from yarl import URL
 
+from poller.aws.signer import sign
 from poller.errors import PollerError, SourceUnavailable
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024  # six times the largest answer that AWS documents
@@ -92,28 +92,6 @@ def tcp_socket(address: aiohttp.AddrInfoType) -> socket.socket:
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 45)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
     return made
-
-
-class Request:
-    """What `SigV4Auth` reads of a botocore AWSRequest; a real one costs more than its signature.
-
-    `url` is percent-encoded as it is sent.
-    """
-
-    __slots__ = ("body", "context", "headers", "method", "params", "url")
-
-    def __init__(self, method: str, url: str, headers: dict[str, str], body: bytes) -> None:
-        self.method = method
-        self.url = url
-        self.headers = headers
-        self.body = body
-        self.params: dict[str, str] = {}
-        self.context: dict[str, Any] = {}
-
-
-def sign(credentials: ReadOnlyCredentials, service: str, region: str, request: Request) -> None:
-    """Add X-Amz-Date, X-Amz-Security-Token and Authorization to the request's headers."""
-    SigV4Auth(credentials, service, region).add_auth(request)
 
 
 def safe_text(text: str) -> str:
@@ -261,7 +239,7 @@ class LeanClient:
         url = self._endpoint + path
         signed = dict(headers)
         keys = await self._credentials.frozen()
-        sign(keys, self._signing_name, self._signing_region, Request(method, url, signed, body))
+        sign(keys, self._signing_name, self._signing_region, method, url, signed, body)
         return await self._http.request(
             method,
             URL(url, encoded=True),

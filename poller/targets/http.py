@@ -14,7 +14,8 @@ from multidict import istr
 from yarl import URL
 
 from poller import __version__
-from poller.aws.lean import EXPIRED_TOKEN_CODES, Body, Credentials, Request, parse_error, sign, tcp_socket
+from poller.aws.lean import EXPIRED_TOKEN_CODES, Body, Credentials, parse_error, tcp_socket
+from poller.aws.signer import sign
 from poller.core.model import MAX_PAYLOAD_BYTES, Invocation, Reply, ReplyStatus
 from poller.errors import ConfigError, PollerError
 from poller.ports import Clock
@@ -109,7 +110,7 @@ class HttpTarget:
                 return self._unreachable(f"cannot sign: {error}")
             headers = {**self._constant, **headers}
             region = self._sigv4.region or self._region
-            sign(keys, self._sigv4.service, region, Request("POST", str(self._url), headers, invocation.payload))
+            sign(keys, self._sigv4.service, region, "POST", str(self._url), headers, invocation.payload)
         await notice_closed()
         deadline = self._clock.now() + self.timeout
         headers[_DEADLINE] = str(int(deadline * 1000))

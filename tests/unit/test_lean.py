@@ -1,73 +1,23 @@
-"""Signing as botocore does, reading error answers, and texts without secrets."""
+"""Reading error answers, and texts without secrets."""
 
-import datetime as dt
 import errno
 import json
 
 import aiohttp
 import pytest
 from aiohttp.client_reqrep import ConnectionKey
-from botocore.auth import SigV4Auth
-from botocore.awsrequest import AWSRequest
-from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import (
     ClientError,
     CredentialRetrievalError,
     EndpointConnectionError,
     NoCredentialsError,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 from poller.aws.errors import translate, translated
-from poller.aws.lean import AwsError, Request, _was_idle, describe, parse_error, safe_text, sign
+from poller.aws.lean import AwsError, _was_idle, describe, parse_error, safe_text
 from poller.aws.session import AwsClients
 from poller.errors import AccessDenied, IteratorExpired, SourceGone, SourceThrottled, SourceUnavailable
 from poller.settings import AwsSettings
-
-NOW = dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC)
-KEYS = ReadOnlyCredentials("AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "session//token==", None)
-LAMBDA = "https://lambda.eu-west-1.amazonaws.com/2015-03-31/functions"
-URLS = (
-    "https://kinesis.eu-west-1.amazonaws.com/",
-    "http://127.0.0.1:4566/",
-    f"{LAMBDA}/arn%3Aaws%3Alambda%3Aeu-west-1%3A1%3Afunction%3Af/invocations?Qualifier=live",
-)
-
-
-@pytest.fixture(autouse=True)
-def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("botocore.auth.get_current_datetime", lambda: NOW)
-
-
-@pytest.mark.parametrize("url", URLS)
-@pytest.mark.parametrize("keys", [KEYS, ReadOnlyCredentials("ID", "secret", None, None)])
-def test_the_signature_is_botocores_own(url: str, keys: ReadOnlyCredentials) -> None:
-    """Every header that botocore's signer adds to its own request is the same on ours."""
-    body = '{"ShardIterator":"\u00e4"}'.encode()
-    sent = {"Content-Type": "application/x-amz-json-1.1", "X-Amz-Target": "Kinesis_20131202.GetRecords"}
-    oracle = AWSRequest(method="POST", url=url, headers=dict(sent), data=body)
-    SigV4Auth(keys, "kinesis", "eu-west-1").add_auth(oracle)
-    ours = Request("POST", url, dict(sent), body)
-    sign(keys, "kinesis", "eu-west-1", ours)
-    assert ours.headers == dict(oracle.headers.items())
-    assert ours.headers["Authorization"].startswith("AWS4-HMAC-SHA256 Credential=")
-    assert ("X-Amz-Security-Token" in ours.headers) == (keys.token is not None)
-
-
-@given(
-    body=st.binary(max_size=200), key=st.text(st.characters(codec="ascii", exclude_categories=["Cc", "Cs"]), min_size=1)
-)
-def test_the_signature_is_botocores_own_for_any_body(body: bytes, key: str) -> None:
-    """Whatever is sent, with whatever secret."""
-    keys = ReadOnlyCredentials("AKIDEXAMPLE", key, None, None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("botocore.auth.get_current_datetime", lambda: NOW)
-        oracle = AWSRequest(method="POST", url=URLS[0], headers={"X-Amz-Target": "a"}, data=body)
-        SigV4Auth(keys, "sqs", "eu-west-1").add_auth(oracle)
-        ours = Request("POST", URLS[0], {"X-Amz-Target": "a"}, body)
-        sign(keys, "sqs", "eu-west-1", ours)
-    assert ours.headers["Authorization"] == oracle.headers["Authorization"]
 
 
 @pytest.mark.parametrize(

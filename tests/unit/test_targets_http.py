@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.auth import SigV4Auth as Oracle
+from botocore.awsrequest import AWSRequest
 from botocore.credentials import ReadOnlyCredentials
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -21,8 +23,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from poller import __version__
-from poller.aws.lean import Request as Signable
-from poller.aws.lean import sign
 from poller.clock import SystemClock
 from poller.core.model import MAX_PAYLOAD_BYTES, Invocation, Reply, ReplyStatus, Trace
 from poller.errors import AccessDenied, ConfigError
@@ -174,10 +174,10 @@ async def test_sigv4_signs_what_is_sent() -> None:
     }
     url = f"http://{request.headers['host']}{request.target}"
     when = dt.datetime.strptime(request.headers["x-amz-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=dt.UTC)
-    check = Signable("POST", url, again, request.body)
+    check = AWSRequest("POST", url, again, request.body)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("botocore.auth.get_current_datetime", lambda *args, **kwargs: when.replace(tzinfo=None))
-        sign(KEYS, "lambda", "eu-west-1", check)
+        Oracle(KEYS, "lambda", "eu-west-1").add_auth(check)
     assert check.headers["Authorization"] == got
 
 
