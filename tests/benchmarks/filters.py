@@ -17,17 +17,11 @@ import msgspec
 
 from poller.core.filters import Filter
 from poller.core.model import Record, SourceKind
+from tests.benchmarks.records import order
 
 EVENTS = 20_000
 PAYLOAD_BYTES = 1_024
 
-_FIELDS: dict[str, Any] = {
-    "orderId": "o-17",
-    "state": "shipped",
-    "total": 301.8,
-    "customer": {"country": "DE", "tier": "gold", "ip": "10.0.0.33"},
-    "items": [{"sku": f"sku-{n}", "quantity": n, "path": f"dir/{n}/picture.png"} for n in range(8)],
-}
 _LAST: dict[str, Any] = {
     "state": [{"prefix": "ship"}],
     "items": {"sku": ["sku-7"], "quantity": [{"numeric": [">=", 7]}]},
@@ -44,9 +38,9 @@ _OTHERS: list[dict[str, Any]] = [
 ]
 
 
-def _payload() -> dict[str, Any]:
-    filler = PAYLOAD_BYTES - len(json.dumps({**_FIELDS, "note": ""}))
-    return {**_FIELDS, "note": "x" * filler}
+def stream_filters() -> list[dict[str, str]]:
+    """`FilterCriteria.Filters` for a Kinesis stream of the stub's: the last one of five lets every record through."""
+    return [{"Pattern": json.dumps({"data": pattern})} for pattern in [*_OTHERS, _LAST]]
 
 
 def _typed(value: Any) -> dict[str, Any]:
@@ -79,7 +73,8 @@ def _typed_pattern(pattern: dict[str, Any]) -> dict[str, Any]:
 
 def _sources() -> dict[SourceKind, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]]:
     """Of each source a record, and how a question to the payload becomes a pattern."""
-    text = json.dumps(_payload())
+    payload = order(PAYLOAD_BYTES)
+    text = json.dumps(payload)
     arn = "arn:aws:x:eu-west-1:123456789012:orders"
     return {
         SourceKind.SQS: (
@@ -97,7 +92,7 @@ def _sources() -> dict[SourceKind, tuple[dict[str, Any], Callable[[dict[str, Any
         SourceKind.DYNAMODB: (
             {
                 "eventName": "INSERT",
-                "dynamodb": {"Keys": {"orderId": {"S": "o-17"}}, "NewImage": _typed(_payload())["M"]},
+                "dynamodb": {"Keys": {"orderId": {"S": "o-17"}}, "NewImage": _typed(payload)["M"]},
                 "eventSource": "aws:dynamodb",
                 "eventSourceARN": arn,
             },

@@ -1,14 +1,17 @@
-"""What the daemon is compared with: two loops that do its work, each as a person would write it first.
+"""What the daemon is compared with: loops that do its work, each as a person would write it first.
 
 `plain` is aiobotocore, `json` and aiohttp: read, build Lambda's event, POST it, then delete the messages or write the
 position to SQLite. One task per shard, four for a queue. It reads as many records as a batch holds, so it needs no
 batching, and it has no retries, filters, leases or metrics.
 
+`boto3` is the same for a queue in four threads, each with a client of its own; it posts with urllib3, which boto3 brings
+and which costs less than requests.
+
 `bare` is the floor of any client on aiohttp: the same HTTP calls with canned bodies, unsigned; it parses nothing, builds
 nothing and stores nothing.
 
 `python -m tests.benchmarks.peers plain kinesis --endpoint URL ...` runs until it is ended. A stream's shard at its tip
-is read again after a second.
+is read again after a second. Over TLS the services are trusted by AWS_CA_BUNDLE, the target by `--ca`.
 """
 
 import argparse
@@ -16,30 +19,64 @@ import asyncio
 import base64
 import json
 import sqlite3
+import ssl
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 import aiohttp
+import boto3
+import urllib3
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
-from tests.benchmarks.stub import ARNS, NAME, REGION
+from tests.benchmarks.records import ACCOUNT, ARNS, NAME, REGION
 
 QUEUE_WORKERS = 4
 _IDLE_SECONDS = 1.0
 _WAIT_SECONDS = 20
-_EVENT_BYTES = {"kinesis": 1_920, "dynamodb": 1_290, "sqs": 1_660}  # of a record in the plain loop's event
+_EVENT_BYTES = {"kinesis": 1_920, "dynamodb": 1_290, "sqs": 1_750}  # of a record in the plain loop's event
 _HEADERS = {"Content-Type": "application/json"}
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as Lambda's event has it."""
+    return {
+        "messageId": message["MessageId"],
+        "receiptHandle": message["ReceiptHandle"],
+        "body": message["Body"],
+        "attributes": message["Attributes"],
+        "messageAttributes": {},
+        "md5OfBody": message["MD5OfBody"],
+        "eventSource": "aws:sqs",
+        "eventSourceARN": ARNS["sqs"],
+        "awsRegion": REGION,
+    }
+
+
+def _receive(url: str, batch: int) -> dict[str, Any]:
+    return {
+        "QueueUrl": url,
+        "MaxNumberOfMessages": batch,
+        "WaitTimeSeconds": _WAIT_SECONDS,
+        "MessageSystemAttributeNames": ["All"],
+    }
+
+
+def _entries(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What a DeleteMessageBatch names."""
+    return [{"Id": str(place), "ReceiptHandle": message["ReceiptHandle"]} for place, message in enumerate(messages)]
 
 
 class Plain:
     """The aiobotocore loop."""
 
-    def __init__(self, endpoint: str, batch: int, database: str) -> None:
+    def __init__(self, endpoint: str, batch: int, database: str, ca: str | None) -> None:
         self._endpoint = endpoint
         self._batch = batch
+        self._trust = ssl.create_default_context(cafile=ca) if ca else True
         # WAL and NORMAL: an easier promise than the daemon's FULL, in the loop's favour.
         self._database = sqlite3.connect(database, isolation_level=None)
         self._database.execute("PRAGMA journal_mode = WAL")
@@ -53,7 +90,7 @@ class Plain:
         service = {"kinesis": "kinesis", "dynamodb": "dynamodbstreams", "sqs": "sqs"}[source]
         config = AioConfig(max_pool_connections=max(10, min(shards, 100)))
         async with (
-            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as self._http,
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=self._trust)) as self._http,
             get_session().create_client(
                 service, region_name=REGION, endpoint_url=self._endpoint, config=config
             ) as self._client,
@@ -136,42 +173,45 @@ class Plain:
 
     async def _queue(self, url: str) -> None:
         while True:
-            answer = await self._client.receive_message(
-                QueueUrl=url,
-                MaxNumberOfMessages=self._batch,
-                WaitTimeSeconds=_WAIT_SECONDS,
-                MessageSystemAttributeNames=["All"],
-            )
-            messages = answer.get("Messages", [])
-            if not messages:
-                continue
-            await self._deliver(
-                [
-                    {
-                        "messageId": message["MessageId"],
-                        "receiptHandle": message["ReceiptHandle"],
-                        "body": message["Body"],
-                        "attributes": message["Attributes"],
-                        "messageAttributes": {},
-                        "md5OfBody": message["MD5OfBody"],
-                        "eventSource": "aws:sqs",
-                        "eventSourceARN": ARNS["sqs"],
-                        "awsRegion": REGION,
-                    }
-                    for message in messages
-                ]
-            )
-            await self._client.delete_message_batch(
-                QueueUrl=url,
-                Entries=[
-                    {"Id": str(place), "ReceiptHandle": message["ReceiptHandle"]}
-                    for place, message in enumerate(messages)
-                ],
-            )
+            answer = await self._client.receive_message(**_receive(url, self._batch))
+            if messages := answer.get("Messages"):
+                await self._deliver([_message(message) for message in messages])
+                await self._client.delete_message_batch(QueueUrl=url, Entries=_entries(messages))
 
 
 def _seconds(moment: datetime) -> float:
     return moment.timestamp()
+
+
+class Threads:
+    """The boto3 loop."""
+
+    def __init__(self, endpoint: str, batch: int, ca: str | None) -> None:
+        self._endpoint = endpoint
+        self._batch = batch
+        self._http = urllib3.PoolManager(maxsize=QUEUE_WORKERS, ca_certs=ca)
+
+    def run(self) -> None:
+        """Until the process is ended."""
+        threads = [threading.Thread(target=self._queue) for _ in range(QUEUE_WORKERS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _queue(self) -> None:
+        session = boto3.session.Session()  # one for each thread, as boto3's documentation asks for
+        client = session.client("sqs", region_name=REGION, endpoint_url=self._endpoint)
+        url = client.get_queue_url(QueueName=NAME)["QueueUrl"]
+        while True:
+            messages = client.receive_message(**_receive(url, self._batch)).get("Messages")
+            if not messages:
+                continue
+            event = json.dumps({"Records": [_message(message) for message in messages]}).encode()
+            answer = self._http.request("POST", f"{self._endpoint}/target", body=event, headers=_HEADERS, retries=False)
+            if answer.status != 200:
+                raise OSError(f"the target answered {answer.status}")
+            client.delete_message_batch(QueueUrl=url, Entries=_entries(messages))
 
 
 class Bare:
@@ -206,7 +246,7 @@ class Bare:
             await self._call("/sink", "", self._event)
 
     async def _queue(self) -> None:
-        url = f"{self._endpoint}/000000000000/{NAME}"
+        url = f"{self._endpoint}/{ACCOUNT}/{NAME}"
         receive = json.dumps(
             {"QueueUrl": url, "MaxNumberOfMessages": self._batch, "WaitTimeSeconds": _WAIT_SECONDS}
         ).encode()
@@ -222,19 +262,24 @@ class Bare:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.peers", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("client", choices=["plain", "bare"])
+    parser.add_argument("client", choices=["plain", "boto3", "bare"])
     parser.add_argument("source", choices=sorted(ARNS))
     parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--ca", help="PEM file that the target's certificate is checked with")
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--database", default=":memory:", help="SQLite file for the positions of streams")
     options = parser.parse_args(arguments)
-    client: Plain | Bare
-    if options.client == "plain":
-        client = Plain(options.endpoint, options.batch, options.database)
-    else:
-        client = Bare(options.endpoint, options.batch)
-    asyncio.run(client.run(options.source, options.shards))
+    match options.client:
+        case "boto3" if options.source != "sqs":
+            parser.error("boto3 reads queues only")
+        case "boto3":
+            Threads(options.endpoint, options.batch, options.ca).run()
+        case "plain":
+            plain = Plain(options.endpoint, options.batch, options.database, options.ca)
+            asyncio.run(plain.run(options.source, options.shards))
+        case "bare":
+            asyncio.run(Bare(options.endpoint, options.batch).run(options.source, options.shards))
     return 0
 
 

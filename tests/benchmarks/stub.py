@@ -1,9 +1,9 @@
 """Kinesis, DynamoDB Streams, SQS and an HTTP target in one cheap process, for the benchmarks.
 
-`python -m tests.benchmarks.stub --port 0` prints `{"port": N}` and serves until it is ended. It knows just enough of
-each service for a well-behaved client: answers are canned or formatted from a template, nothing is checked, no signature
-is read. What a client does is counted, and every record that reaches `POST /target` goes through a ledger, so that a
-fast client that loses, repeats or reorders records is found out.
+`python -m tests.benchmarks.stub --port 0` prints `{"port": N, "tls_port": N}` and serves until it is ended; over TLS
+with `--cert` and `--key` only. It knows just enough of each service for a well-behaved client: answers are canned or
+formatted from a template, nothing is checked, no signature is read. What a client does is counted, and every record that
+reaches `POST /target` goes through a ledger, so that a fast client that loses, repeats or reorders records is found out.
 
 A measurement runs in two steps. First `warm` records of each shard can be read. When the target has all of them (and,
 for SQS, they are deleted), the stub notes the client's CPU time and releases the rest; when those are done too, it
@@ -13,185 +13,76 @@ the measured stretch: at both its ends the client holds nothing.
     POST /_configure   a `Plan` as JSON; forgets everything before
     POST /_watch       {"pid": N}: the client whose CPU time is noted
     GET  /_stats       counts, ledger and the two notes
-    POST /target       an event; answers {}
+    POST /target       an event; answers as the plan says
     POST /sink         anything; counts as one batch, without a ledger
 """
 
 import argparse
 import asyncio
-import base64
-import hashlib
 import json
 import re
 import signal
+import ssl
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import Any, NamedTuple
+from functools import partial
+from time import monotonic
+from typing import Any
 
-RECORD_BYTES = 1_024
-REGION = "eu-west-1"
-ACCOUNT = "000000000000"
-NAME = "bench"
-ARNS = {
-    "kinesis": f"arn:aws:kinesis:{REGION}:{ACCOUNT}:stream/{NAME}",
-    "dynamodb": f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/{NAME}/stream/2026-01-01T00:00:00.000",
-    "sqs": f"arn:aws:sqs:{REGION}:{ACCOUNT}:{NAME}",
-}
+from tests.benchmarks.records import (
+    ACCOUNT,
+    ARNS,
+    KEYS,
+    NAME,
+    SHARD,
+    Ledger,
+    Records,
+    event_ids,
+    stream_arn,
+    stream_number,
+)
+
 VISIBILITY_SECONDS = 30.0
 
 _PAGE = 1_000  # shards of one ListShards answer, unless MaxResults says otherwise
 _DYNAMODB_PAGE = 100  # shards of one DescribeStream answer
-_KINESIS_LIMIT = 10_000
-_DYNAMODB_LIMIT = 1_000
+_DYNAMODB_LIMIT = 1_000  # records of one GetRecords answer
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
 _OPERATION = re.compile(rb"\r\nx-amz-target: *[\w]+\.(\w+)")
+_HOST = re.compile(rb"\r\nhost: *([\w.:-]+)")
 _STATUS = {200: b"200 OK", 400: b"400 Bad Request", 500: b"500 Internal Server Error"}
-
-
-def _text(length: int) -> str:
-    """A JSON document of exactly this many characters, with some quotes in it, as bodies have."""
-    document = {"order": 4711, "customer": "C-20260101", "state": "paid", "lines": ["a", "b", "c"], "note": ""}
-    document["note"] = "x" * (length - len(json.dumps(document)))
-    return json.dumps(document)
-
-
-# Templates are filled by `%`, so a literal percent sign may not stand in them. Every number has a fixed width, so the
-# records of a stream are made once, in one buffer, and answers are slices of it. All shards share it: what must differ
-# is put in for `_SHARD`, four hexadecimal digits. A Kinesis record does not name its shard.
-_SHARD = "~~~~"
-
-
-def _kinesis_template(arrival: float) -> bytes:
-    data = base64.b64encode(_text(RECORD_BYTES).encode()).decode()
-    return (
-        f'{{"SequenceNumber":"4959%(n)052d","ApproximateArrivalTimestamp":{arrival:.3f},'
-        f'"Data":"{data}","PartitionKey":"key-%(n)08d"}}'
-    ).encode()
-
-
-def _dynamodb_template(arrival: float) -> bytes:
-    def image(version: int) -> str:
-        return json.dumps(
-            {
-                "id": {"S": f"item-{_SHARD}-%(n)08d"},
-                "version": {"N": str(version)},
-                "customer": {"S": "C-20260101"},
-                "paid": {"BOOL": True},
-                "tags": {"SS": ["new", "web"]},
-                "total": {"N": "123.45"},
-                "address": {"M": {"street": {"S": "Main Street 1"}, "zip": {"S": "12345"}}},
-                "lines": {"L": [{"N": "1"}, {"N": "2"}, {"N": "3"}]},
-                "coupon": {"NULL": True},
-                "note": {"S": "x" * 50},
-            },
-            separators=(",", ":"),
-        )
-
-    return (
-        f'{{"awsRegion":"{REGION}","dynamodb":{{"ApproximateCreationDateTime":{int(arrival)},'
-        f'"Keys":{{"id":{{"S":"item-{_SHARD}-%(n)08d"}}}},"NewImage":{image(2)},"OldImage":{image(1)},'
-        f'"SequenceNumber":"1%(n)020d","SizeBytes":700,"StreamViewType":"NEW_AND_OLD_IMAGES"}},'
-        f'"eventID":"be9c4000{_SHARD}%(n)020x","eventName":"MODIFY","eventSource":"aws:dynamodb","eventVersion":"1.1"}}'
-    ).encode()
-
-
-def _sqs_template(arrival: float) -> bytes:
-    body = _text(RECORD_BYTES)
-    digest = hashlib.md5(body.encode(), usedforsecurity=False).hexdigest()
-    sent = int(arrival * 1_000)
-    return (
-        f'{{"MessageId":"be9c4000-0000-4000-8000-%(n)012x","ReceiptHandle":"handle%(n)012d{"h" * 160}",'
-        f'"MD5OfBody":"{digest}","Body":{json.dumps(body)},"Attributes":{{"SenderId":"AIDAEXAMPLE",'
-        f'"ApproximateFirstReceiveTimestamp":"{sent}","ApproximateReceiveCount":"1","SentTimestamp":"{sent}"}}}}'
-    ).encode()
-
-
-class _Shape(NamedTuple):
-    """How a source's ids are found in an event: after `marker`, which no other value starts with.
-
-    `gap`: bytes that certainly lie between two ids, skipped when looking for the next. `lane` and `number` are where
-    the shard and the record's number are, counted from the marker's end, with the number's base.
-    """
-
-    marker: bytes
-    gap: int
-    lane: slice | None
-    number: slice
-    base: int
-
-
-_SHAPES = {
-    "kinesis": _Shape(b'"shardId-', RECORD_BYTES, slice(0, 12), slice(17, 69), 10),
-    "dynamodb": _Shape(b'"be9c4000', 700, slice(0, 4), slice(4, 24), 16),
-    "sqs": _Shape(b'"be9c4000-0000-4000-8000-', RECORD_BYTES, None, slice(0, 12), 16),
-}
-
-
-def event_ids(source: str, event: bytes) -> list[tuple[int, int]]:
-    """(shard, number) of every record of an event, in its order, whatever its field order and white space."""
-    shape = _SHAPES[source]
-    ids = []
-    at = event.find(shape.marker)
-    while at >= 0:
-        at += len(shape.marker)
-        lane, number = shape.lane, shape.number
-        shard = int(event[at + lane.start : at + lane.stop], shape.base) if lane else 0
-        ids.append((shard, int(event[at + number.start : at + number.stop], shape.base)))
-        at = event.find(shape.marker, at + shape.gap)
-    return ids
-
-
-class Ledger:
-    """Which records arrived. A record out of order is one whose first arrival comes after a later one's."""
-
-    def __init__(self, shards: int, records: int, ordered: bool) -> None:
-        self.distinct = 0
-        self.duplicates = 0
-        self.out_of_order = 0
-        self.unknown = 0
-        self._ordered = ordered
-        self._seen = [bytearray(records) for _ in range(shards)]
-        self._newest = [-1] * shards
-
-    def note(self, shard: int, number: int) -> bool:
-        """Enter one arrival; answers if it was the record's first."""
-        if shard >= len(self._seen) or number >= len(self._seen[shard]):
-            self.unknown += 1
-            return False
-        seen = self._seen[shard]
-        if seen[number]:
-            self.duplicates += 1
-            return False
-        seen[number] = 1
-        self.distinct += 1
-        if number > self._newest[shard]:
-            self._newest[shard] = number
-        elif self._ordered:
-            self.out_of_order += 1
-        return True
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the stub offers. `records` per shard, the `warm` ones included; a queue is one shard.
+    """What the stub offers. `shards` of each of so many `streams`, `records` of each shard, the `warm` ones included; a
+    queue is one shard, and queues are all the same one.
 
-    `audit` False: deliveries are counted at `/sink`, `batch` each. `trickle_ms`: after the warm-up, one record of each
-    shard every so often instead of all at once (queues). `error_every` N: the target answers 500 to every N-th event.
+    `page`: the most records of one GetRecords answer. `audit` False: deliveries are counted at `/sink`, `batch` each. `keyed`: order holds within a partition key only.
+    `answer`: the target's, JSON. `latency_ms` of the target, `aws_latency_ms` of the services. `error_every` N: the
+    target answers 500 to every N-th event. `trickle_ms`: after the warm-up, `trickle` records of each shard every so
+    often instead of all at once, and how long a client takes from an answer to the target is noted.
     """
 
     source: str = "kinesis"
+    streams: int = 1
     shards: int = 1
     warm: int = 0
     records: int = 0
     batch: int = 1
+    page: int = 10_000
     audit: bool = True
+    keyed: bool = False
+    answer: str = "{}"
     latency_ms: float = 0
+    aws_latency_ms: float = 0
     error_every: int = 0
     trickle_ms: float = 0
+    trickle: int = 1
 
 
 def process_cpu(pid: int) -> float:
@@ -206,7 +97,6 @@ class Stub:
     """The state behind every connection. One plan at a time."""
 
     def __init__(self) -> None:
-        self.port = 0
         operations: dict[str, Callable[[dict[str, Any], Connection], None]] = {
             "ListShards": self._list_shards,
             "DescribeStreamSummary": self._describe_stream_summary,
@@ -220,18 +110,24 @@ class Stub:
             "ChangeMessageVisibilityBatch": self._change_message_visibility_batch,
         }
         self._operations = {name.lower().encode(): (name, answer) for name, answer in operations.items()}
-        self._trickle: asyncio.TimerHandle | None = None
+        self._drip_timer: asyncio.TimerHandle | None = None
         self.configure(Plan())
 
     def configure(self, plan: Plan) -> None:
         """Forget everything and offer this."""
-        if self._trickle:
-            self._trickle.cancel()
+        if self._drip_timer:
+            self._drip_timer.cancel()
         self._plan = plan
+        self._answer = plan.answer.encode()
+        self._shards = plan.streams * plan.shards
         self._pid = 0
         self._calls: Counter[str] = Counter()
         self._unknown_operations: Counter[str] = Counter()
-        self._ledger = Ledger(plan.shards, plan.records, ordered=plan.source != "sqs")
+        keys = 0 if plan.source == "sqs" else KEYS if plan.keyed else 1
+        self._ledger = Ledger(self._shards, plan.records, keys)
+        self._read = bytearray(self._shards)
+        self._shards_read = 0
+        self._all_read_at: float | None = None
         self._available = plan.warm
         self._sunk = 0
         self._events = 0
@@ -241,24 +137,18 @@ class Stub:
         self._next_message = 0
         self._in_flight: dict[int, float] = {}
         self._waiting: deque[Callable[[], bool]] = deque()
-        self._released_at: dict[int, float] = {}
-        self._latencies: list[float] = []
+        self._drip_at = 0.0
+        self._answered_at: dict[tuple[int, int], float] = {}
+        self._added: list[float] = []
         self._start: dict[str, float] | None = None
         self._end: dict[str, float] | None = None
-        arrival = time.time()
-        templates = {"kinesis": _kinesis_template, "dynamodb": _dynamodb_template, "sqs": _sqs_template}
-        self._template = templates[plan.source](arrival)
-        self._width = len(self._template % {b"n": 0}) + 1
-        self._buffer = memoryview(self._format(range(plan.records if plan.source != "sqs" else 0)))
-
-    def _format(self, numbers: Sequence[int]) -> bytes:
-        template = self._template
-        return b",".join([template % {b"n": n} for n in numbers])
+        self._records = Records(plan.source, time.time())
+        self._buffer = memoryview(self._records.join(range(plan.records if plan.source != "sqs" else 0)))
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def handle(self, head: bytes, body: bytes, connection: "Connection") -> None:
-        """Answer one request; `head` is in lower case."""
+        """Answer one request, whose first byte came when `connection.began`; `head` is in lower case."""
         path = head[: head.find(b"\r\n")].split(b" ")[1]
         if path == b"/target":
             self._target(body, connection)
@@ -279,16 +169,20 @@ class Stub:
         elif (found := _OPERATION.search(head)) and (operation := self._operations.get(found[1])):
             name, answer = operation
             self._calls[name] += 1
-            answer(json.loads(body), connection)
+            if self._plan.aws_latency_ms:
+                wait = self._plan.aws_latency_ms / 1_000
+                asyncio.get_running_loop().call_later(wait, answer, json.loads(body), connection)
+            else:
+                answer(json.loads(body), connection)
         else:
-            self._unknown_operations[found[1].decode() if found else path.decode()] += 1
+            self._unknown_operations[(found[1] if found else path).decode()] += 1
             connection.reply(b'{"__type":"UnknownOperationException","message":"not in the stub"}', status=400)
 
     def stats(self) -> dict[str, Any]:
         """Everything counted since `configure`."""
         ledger = self._ledger
         answer = {
-            "expected": self._plan.shards * self._plan.records,
+            "expected": self._shards * self._plan.records,
             "delivered": ledger.distinct if self._plan.audit else self._sunk,
             "duplicates": ledger.duplicates,
             "out_of_order": ledger.out_of_order,
@@ -297,13 +191,15 @@ class Stub:
             "events": self._events,
             "errors": self._errors,
             "calls": dict(self._calls),
+            "shards_read": self._shards_read,
+            "all_read_at": self._all_read_at,
             "unknown_operations": dict(self._unknown_operations),
             "start": self._start,
             "end": self._end,
         }
-        if self._latencies:
-            ranked = sorted(self._latencies)
-            answer["latency_ms"] = {
+        if self._added:
+            ranked = sorted(self._added)
+            answer["added_ms"] = {
                 "p50": ranked[len(ranked) // 2] * 1_000,
                 "p99": ranked[int(len(ranked) * 0.99)] * 1_000,
                 "max": ranked[-1] * 1_000,
@@ -319,12 +215,12 @@ class Stub:
             return
         ledger = self._ledger
         for shard, number in event_ids(plan.source, body):
-            if ledger.note(shard, number) and (released := self._released_at.pop(number, 0.0)):
-                self._latencies.append(time.monotonic() - released)
+            if ledger.note(shard, number) and (answered := self._answered_at.pop((shard, number), None)):
+                self._added.append(connection.began - answered)
         if plan.latency_ms:
-            asyncio.get_running_loop().call_later(plan.latency_ms / 1_000, connection.reply, b"{}")
+            asyncio.get_running_loop().call_later(plan.latency_ms / 1_000, connection.reply, self._answer)
         else:
-            connection.reply(b"{}")
+            connection.reply(self._answer)
         self._progress()
 
     # -- the two steps ------------------------------------------------------------------------------------------------
@@ -338,34 +234,43 @@ class Stub:
         if plan.source == "sqs":
             done = min(done, self._deletions)
         if self._start is None:
-            if done >= plan.shards * plan.warm and plan.records > plan.warm:
+            if done >= self._shards * plan.warm and plan.records > plan.warm:
                 self._start = self._note(done)
                 if plan.trickle_ms:
+                    self._drip_at = asyncio.get_running_loop().time()
                     self._drip()
                 else:
                     self._release(plan.records)
-        elif done >= plan.shards * plan.records:
+        elif done >= self._shards * plan.records:
             self._end = self._note(done)
 
     def _note(self, done: int) -> dict[str, float]:
         return {
             "done": done,
+            "events": self._events,
+            "reads": self._calls["GetRecords"] + self._calls["ReceiveMessage"],
             "client_cpu": process_cpu(self._pid),
             "stub_cpu": time.process_time(),
-            "wall": time.monotonic(),
+            "wall": monotonic(),
         }
 
     def _drip(self) -> None:
-        self._released_at[self._available] = time.monotonic()
-        self._release(self._available + 1)
+        """At the times of a fixed rate: one that is late does not make the next ones late."""
+        self._release(min(self._available + self._plan.trickle, self._plan.records))
         if self._available < self._plan.records:
-            loop = asyncio.get_running_loop()
-            self._trickle = loop.call_later(self._plan.trickle_ms / 1_000, self._drip)
+            self._drip_at += self._plan.trickle_ms / 1_000
+            self._drip_timer = asyncio.get_running_loop().call_at(self._drip_at, self._drip)
 
     def _release(self, available: int) -> None:
         self._available = available
         while self._waiting and self._waiting[0]():
             self._waiting.popleft()
+
+    def _answered(self, shard: int, numbers: Sequence[int]) -> None:
+        """An answer with these records was handed to the transport, its last byte too."""
+        if self._plan.trickle_ms and self._start:
+            now = monotonic()
+            self._answered_at.update(((shard, number), now) for number in numbers)
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -376,27 +281,33 @@ class Stub:
         return f"4959{number:052d}" if self._plan.source == "kinesis" else f"1{number:020d}"
 
     def _list_shards(self, request: dict[str, Any], connection: "Connection") -> None:
-        start = int(request.get("NextToken", 0))
-        stop = min(start + request.get("MaxResults", _PAGE), self._plan.shards)
-        width = 2**128 // self._plan.shards
+        """A shard's number says which stream it is of: they all have as many."""
+        of = self._plan.shards
+        first = stream_number(request.get("StreamARN", "")) * of
+        start, end = map(int, request["NextToken"].split("/")) if "NextToken" in request else (first, first + of)
+        stop = min(start + request.get("MaxResults", _PAGE), end)
+        width = 2**128 // of
         answer: dict[str, Any] = {
             "Shards": [
                 {
                     "ShardId": self._shard_id(n),
-                    "HashKeyRange": {"StartingHashKey": str(n * width), "EndingHashKey": str((n + 1) * width - 1)},
+                    "HashKeyRange": {
+                        "StartingHashKey": str(n % of * width),
+                        "EndingHashKey": str((n % of + 1) * width - 1),
+                    },
                     "SequenceNumberRange": {"StartingSequenceNumber": self._sequence(0)},
                 }
                 for n in range(start, stop)
             ]
         }
-        if stop < self._plan.shards:
-            answer["NextToken"] = str(stop)
+        if stop < end:
+            answer["NextToken"] = f"{stop}/{end}"
         connection.reply(json.dumps(answer).encode())
 
-    def _describe_stream_summary(self, _request: dict[str, Any], connection: "Connection") -> None:
+    def _describe_stream_summary(self, request: dict[str, Any], connection: "Connection") -> None:
         summary = {
             "StreamName": NAME,
-            "StreamARN": ARNS["kinesis"],
+            "StreamARN": stream_arn("kinesis", stream_number(request.get("StreamARN", ""))),
             "StreamStatus": "ACTIVE",
             "StreamModeDetails": {"StreamMode": "PROVISIONED"},
             "RetentionPeriodHours": 24,
@@ -449,21 +360,28 @@ class Stub:
         _, shard_text, at_text = request["ShardIterator"].split("/")
         shard, at = int(shard_text), int(at_text)
         kinesis = self._plan.source == "kinesis"
-        limit = min(request.get("Limit", 10_000), _KINESIS_LIMIT if kinesis else _DYNAMODB_LIMIT)
+        limit = min(request.get("Limit", self._plan.page), self._plan.page if kinesis else _DYNAMODB_LIMIT)
         stop = max(at, min(at + limit, self._available))
-        records: bytes | memoryview = self._buffer[at * self._width : stop * self._width - 1] if stop > at else b""
+        if not self._read[shard]:
+            self._read[shard] = 1
+            self._shards_read += 1
+            if self._shards_read == self._shards:
+                self._all_read_at = monotonic()
+        width = self._records.width
+        records: bytes | memoryview = self._buffer[at * width : stop * width - 1] if stop > at else b""
         if kinesis:
             lag = b'"MillisBehindLatest":%d,' % (self._available - stop)
         else:
             lag = b""
-            records = bytes(records).replace(_SHARD.encode(), b"%04x" % shard)
+            records = bytes(records).replace(SHARD.encode(), b"%04x" % shard)
         opening = b'{"NextShardIterator":"iterator/%d/%d",%s"Records":[' % (shard, stop, lag)
         connection.reply(opening, records, b"]}")
+        self._answered(shard, range(at, stop))
 
     # -- queue --------------------------------------------------------------------------------------------------------
 
     def _get_queue_url(self, _request: dict[str, Any], connection: "Connection") -> None:
-        connection.reply(json.dumps({"QueueUrl": f"http://127.0.0.1:{self.port}/{ACCOUNT}/{NAME}"}).encode())
+        connection.reply(json.dumps({"QueueUrl": f"{connection.origin}/{ACCOUNT}/{NAME}"}).encode())
 
     def _get_queue_attributes(self, _request: dict[str, Any], connection: "Connection") -> None:
         attributes = {
@@ -488,9 +406,10 @@ class Stub:
             taken = self._take(limit)
             if not taken:
                 return False
-            until = time.monotonic() + visibility
+            until = monotonic() + visibility
             self._in_flight.update(dict.fromkeys(taken, until))
-            connection.reply(b'{"Messages":[', self._format(taken), b"]}")
+            connection.reply(b'{"Messages":[', self._records.join(taken), b"]}")
+            self._answered(0, taken)
             return True
 
         def waited() -> None:
@@ -512,7 +431,7 @@ class Stub:
         if start < self._available:
             self._next_message = min(start + limit, self._available)
             return range(start, self._next_message)
-        now = time.monotonic()
+        now = monotonic()
         return [n for n, until in self._in_flight.items() if until <= now][:limit]
 
     def _delete_message_batch(self, request: dict[str, Any], connection: "Connection") -> None:
@@ -530,7 +449,7 @@ class Stub:
 
     def _change_message_visibility_batch(self, request: dict[str, Any], connection: "Connection") -> None:
         entries = request["Entries"]
-        now = time.monotonic()
+        now = monotonic()
         for entry in entries:
             number = int(entry["ReceiptHandle"][6:18])
             if number in self._in_flight:
@@ -545,14 +464,23 @@ def _batch_answer(entries: Sequence[dict[str, Any]]) -> bytes:
 class Connection(asyncio.Protocol):
     """HTTP/1.1 with keep-alive and Content-Length, which is what every client here sends. One request at a time."""
 
-    def __init__(self, stub: Stub) -> None:
+    def __init__(self, stub: Stub, scheme: str = "http") -> None:
         self._stub = stub
+        self._scheme = scheme
         self._transport: asyncio.Transport
         self._received = bytearray()
         self._head = b""
         self._body_at = 0
         self._needed = 0
         self.is_closed = False
+        self.began = 0.0
+        """When the first byte of the request came that is answered now."""
+
+    @property
+    def origin(self) -> str:
+        """Of the URL that the client uses for this server."""
+        host = _HOST.search(self._head)
+        return f"{self._scheme}://{host[1].decode() if host else ''}"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -562,6 +490,8 @@ class Connection(asyncio.Protocol):
         self.is_closed = True
 
     def data_received(self, data: bytes) -> None:
+        if not self._received:
+            self.began = monotonic()
         self._received += data
         while self._received:
             if not self._needed:
@@ -602,25 +532,38 @@ def _date(now: int) -> bytes:
     return date
 
 
-async def serve(port: int) -> None:
-    """Serve on 127.0.0.1 until SIGTERM or SIGINT; the port goes to standard output as JSON."""
+async def serve(port: int, context: ssl.SSLContext | None) -> None:
+    """Serve on 127.0.0.1 until SIGTERM or SIGINT; the ports go to standard output as JSON. With a context also TLS, on
+    another port, always a free one.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     stub = Stub()
-    server = await loop.create_server(lambda: Connection(stub), "127.0.0.1", port, backlog=4_096)
-    stub.port = server.sockets[0].getsockname()[1]
-    print(json.dumps({"port": stub.port}), flush=True)
+    servers = [await loop.create_server(partial(Connection, stub), "127.0.0.1", port, backlog=4_096)]
+    if context:
+        made = partial(Connection, stub, "https")
+        servers.append(await loop.create_server(made, "127.0.0.1", 0, backlog=4_096, ssl=context))
+    ports = [server.sockets[0].getsockname()[1] for server in servers]
+    print(json.dumps(dict(zip(("port", "tls_port"), ports, strict=False))), flush=True)
     await stop.wait()
-    server.close()
+    for server in servers:
+        server.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.stub", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    asyncio.run(serve(parser.parse_args(arguments).port))
+    parser.add_argument("--cert", help="PEM file; serves TLS too")
+    parser.add_argument("--key", help="PEM file of its key")
+    options = parser.parse_args(arguments)
+    context = None
+    if options.cert:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(options.cert, options.key)
+    asyncio.run(serve(options.port, context))
     return 0
 
 
