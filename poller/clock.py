@@ -55,6 +55,11 @@ def wall_clock() -> float:
     return time.time()
 
 
+def stopwatch() -> float:
+    """Seconds that never step, from any moment on: for durations where there is no event loop."""
+    return time.monotonic()
+
+
 def system_random() -> random.Random:
     """The source of jitter and request ids."""
     return random.Random()

@@ -289,8 +289,15 @@ class ControlPlane:
         return f"the task of mapping {', '.join(dead)} has died" if dead else None
 
     def unready(self) -> Sequence[str]:
-        """What has not been reached since the start; empty when ready."""
-        return ["the daemon is stopping"] if self._is_stopping else self._supervisor.unready()
+        """What has not been reached since the start, and a store that fails; empty when ready."""
+        if self._is_stopping:
+            return ["the daemon is stopping"]
+        failing = [f"positions cannot be saved: {problem}"] if (problem := self._store.problem) else []
+        return [*failing, *self._supervisor.unready()]
+
+    def store_problem(self) -> str:
+        """Why positions cannot be saved now; empty while they can."""
+        return self._store.problem
 
     async def create(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """CreateEventSourceMapping. ApiError."""
@@ -528,6 +535,7 @@ class ControlPlane:
 
     def _refuse_duplicate(self, document: dict[str, Any], uuid: MappingId | None) -> None:
         """AWS's two texts (semantics 1.4), with the blanks inside the quotes that they have."""
+        self._forget_deleted()
         identity = self._identity(document)
         for entry in [*self._entries.values(), *self._deleting.values()]:
             if entry.uuid == uuid or self._identity(entry.document) != identity:

@@ -147,6 +147,9 @@ class CheckpointStore(Protocol):
     or not, and may be done a little later still. A lease lives as long as its owner is seen to beat.
     """
 
+    problem: str
+    """Why nothing can be written now, for people; empty while it works."""
+
     async def create(self, mapping: MappingId, rows: Sequence[Row]) -> None:
         """Put each row that is absent; rows that exist stay as they are. All or none."""
         ...
@@ -331,7 +334,11 @@ class Overview(Protocol):
         ...
 
     def unready(self) -> Sequence[str]:
-        """What has not been reached yet since the start, a sentence each; empty when ready."""
+        """What has not been reached yet since the start, and a store that fails; a sentence each, empty when ready."""
+        ...
+
+    def store_problem(self) -> str:
+        """Why positions cannot be saved now; empty while they can."""
         ...
 
 

@@ -1,5 +1,7 @@
 """AWS's error codes as what the caller does about them: one table for all services, a few lines for each adapter."""
 
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -8,6 +10,7 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     CredentialRetrievalError,
+    EndpointConnectionError,
     NoAuthTokenError,
     NoCredentialsError,
     PartialCredentialsError,
@@ -99,6 +102,17 @@ def translate(error: AwsError, table: ErrorTable, what: str) -> PollerError:
     return kind(f"{what}: {error}")
 
 
+def _why(error: object) -> str:
+    """Why there is no connection, in words without an address: aiohttp's own have it twice."""
+    match getattr(error, "os_error", error):
+        case socket.gaierror():
+            return "its name did not resolve"
+        case OSError(errno=int(number)):
+            return os.strerror(number).lower()
+        case _:
+            return "no connection"
+
+
 @contextmanager
 def translated(what: str, table: ErrorTable) -> Iterator[None]:
     """Turn what AWS calls raise into the errors of `poller.errors`; `what` begins the message, e.g. `ListShards`.
@@ -115,6 +129,8 @@ def translated(what: str, table: ErrorTable) -> Iterator[None]:
         raise SourceUnavailable(f"{what}: AWS credentials cannot be loaded") from None
     except ResponseParserError:  # its text quotes the answer
         raise SourceUnavailable(f"{what}: the answer cannot be read") from None
+    except EndpointConnectionError as error:
+        raise SourceUnavailable(f"{what}: {safe_text(str(error))}: {_why(error.kwargs.get('error'))}") from None
     except (BotoCoreError, TimeoutError) as error:
         raise SourceUnavailable(f"{what}: {safe_text(str(error)) or type(error).__name__}") from None
     except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError):

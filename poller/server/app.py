@@ -5,6 +5,7 @@ import base64
 import hmac
 import ipaddress
 import json
+import logging
 import random
 import re
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,8 @@ from uuid import UUID
 
 import structlog
 from aiohttp import hdrs, web
+from aiohttp.http import HttpProcessingError
+from aiohttp.log import server_logger
 
 from poller.clock import wall_clock
 from poller.errors import ApiError, PollerError, StoreUnavailable
@@ -35,7 +38,7 @@ IDLE_TIMEOUT = 30.0
 """Seconds that a connection may be open without a complete request head: keep-alive and slow clients."""
 SHUTDOWN_TIMEOUT = 2.0
 REPORT_INTERVAL = 10.0
-"""Seconds between log lines about refused credentials: whoever guesses shall not fill the disk."""
+"""Seconds between log lines about what strangers send: whoever guesses shall not fill the disk."""
 
 _ALWAYS_OPEN = frozenset({"/metrics", "/healthz", "/readyz"})
 _READING = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
@@ -76,8 +79,7 @@ class Server:
         self._secrets = {
             key: secret for entry in settings.auth if isinstance(entry, AccessKeys) for key, secret in entry.secrets
         }
-        self._next_report = -inf  # when a refusal may be logged again
-        self._unreported = 0
+        self._unauthorized = _Rare("request_unauthorized", clock)
         self._private = private
         self._certificate: Certificate | None = None
         self._is_local = _is_loopback(settings.host)
@@ -100,7 +102,11 @@ class Server:
         if private is not None:
             app.add_routes([web.get("/report", self._get_report)])
         self._runner = web.AppRunner(
-            app, access_log=None, keepalive_timeout=IDLE_TIMEOUT, shutdown_timeout=SHUTDOWN_TIMEOUT
+            app,
+            access_log=None,
+            logger=_WireLog(_Rare("request_malformed", clock)),
+            keepalive_timeout=IDLE_TIMEOUT,
+            shutdown_timeout=SHUTDOWN_TIMEOUT,
         )
 
     async def start(self) -> int:
@@ -203,7 +209,7 @@ class Server:
             request[api.IDENTITY] = await self._identify(request)
         except Unauthorized as error:
             self._metrics.auth_failed()
-            self._report(request, error)
+            self._unauthorized.tell(remote=request.remote, path=request.path, reason=error.code)
             return _unauthorized(request, error)
         return await handler(request)
 
@@ -226,21 +232,6 @@ class Server:
         body = await api.read_body(request)
         content = sigv4.Content(request.method, request.rel_url.raw_path, request.query, request.headers, body)
         return sigv4.signer(signed, content, self._secrets)
-
-    def _report(self, request: web.Request, error: ApiError) -> None:
-        """A log line, at most one in `REPORT_INTERVAL`; the next one says how many there were without."""
-        now = self._clock.now()
-        if now < self._next_report:
-            self._unreported += 1
-            return
-        log.info(
-            "request_unauthorized",
-            remote=request.remote,
-            path=request.path,
-            reason=error.code,
-            unreported=self._unreported,
-        )
-        self._next_report, self._unreported = now + REPORT_INTERVAL, 0
 
     def _refuse_foreign_pages(self, request: web.Request) -> None:
         """Another site's page in somebody's browser may reach a local port: it must not get through. ApiError.
@@ -317,7 +308,44 @@ class Server:
     def _snapshot(self, *, with_series: bool) -> Callable[[], dict[str, Any]]:
         """What is true now, to be made a document of in a thread: ten thousand shards take a while."""
         status, now = tuple(self._control.status()), self._clock.now()
-        return partial(status_document, status, now, self.history.read(with_series=with_series))
+        recent = self.history.read(with_series=with_series)
+        return partial(status_document, status, now, recent, self._control.store_problem())
+
+
+class _Rare:
+    """A log line, at most one in `REPORT_INTERVAL`; the next one says how many there were without."""
+
+    def __init__(self, event: str, clock: Clock) -> None:
+        self._event = event
+        self._clock = clock
+        self._next = -inf
+        self._unreported = 0
+
+    def tell(self, **fields: Any) -> None:
+        now = self._clock.now()
+        if now < self._next:
+            self._unreported += 1
+            return
+        log.info(self._event, **fields, unreported=self._unreported)
+        self._next, self._unreported = now + REPORT_INTERVAL, 0
+
+
+class _WireLog(logging.Logger):
+    """aiohttp's logger. It logs a client's malformed request as an error of ours, with a traceback and the bytes, in
+    which there may be a token: of those only the kind is told.
+    """
+
+    def __init__(self, malformed: _Rare) -> None:
+        super().__init__(server_logger.name)
+        self._malformed = malformed
+
+    def handle(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError | web.RequestPayloadError):
+            remote = record.args[0] if isinstance(record.args, tuple) and record.args else None
+            self._malformed.tell(remote=remote, reason=type(error).__name__)
+        elif server_logger.isEnabledFor(record.levelno):
+            server_logger.handle(record)
 
 
 _CLOSED = "This path is closed: the server listens beyond loopback without `server.auth`; set it to open the path."

@@ -180,7 +180,7 @@ class _Page:
             f'<meta name="viewport" content="width=device-width, initial-scale=1">{meta}'
             f"<title>{lead}esm-poller</title><style>{_STYLE}</style></head><body>"
             f"<header><h1>esm-poller <small>{escape(self._status['version'])}</small></h1>{self._asked()}</header>"
-            f"<main>{_summary(all_of_them)}{_index(found, self._now)}"
+            f"<main>{self._store()}{_summary(all_of_them)}{_index(found, self._now)}"
             f'<div class="grid">{sections}</div>{more}</main>'
             '<footer><p class="soft">Lag: the larger of how far reading is behind the tip and the age of the batch in '
             "work. Headroom: until the oldest record that is not done leaves the stream. Rates: of the last minute; "
@@ -197,6 +197,10 @@ class _Page:
         else:
             how = f'does not reload (<a href="{self._address(refresh=REFRESH)}">reload every {REFRESH} s</a>)'
         return f'<p class="soft">As of {moment}, {how}</p>'
+
+    def _store(self) -> str:
+        problem = self._status["store"]["problem"]
+        return f'<p class="say">Positions cannot be saved. {escape(problem)}</p>' if problem else ""
 
     def _address(self, refresh: int | None = None, opened: str | None = None) -> str:
         refresh = self._view.refresh if refresh is None else refresh

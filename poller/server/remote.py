@@ -40,7 +40,10 @@ class Private:
     async def report(self) -> bytes:
         """For `Remote.refresh`."""
         counted = await self.metrics.report()
-        report = _Report(tuple(self.overview.status()), self.overview.health(), self.overview.unready(), counted)
+        overview = self.overview
+        report = _Report(
+            tuple(overview.status()), overview.health(), overview.unready(), counted, overview.store_problem()
+        )
         return await asyncio.to_thread(pickle.dumps, report)
 
 
@@ -52,6 +55,7 @@ class _Report:
     health: str | None
     unready: Sequence[str]
     metrics: MetricsReport
+    store_problem: str = ""
 
 
 @dataclass(slots=True)
@@ -168,6 +172,10 @@ class Remote:
         for _, worker in sorted(self._up.items()):
             reasons += worker.report.unready
         return list(dict.fromkeys(reasons))
+
+    def store_problem(self) -> str:
+        """What the first worker says that has one."""
+        return next((problem for worker in self._up.values() if (problem := worker.report.store_problem)), "")
 
     def counted(self) -> Sequence[MetricsReport]:
         """What the workers have counted, those too that are gone."""

@@ -11,18 +11,23 @@ from poller.telemetry import shard_ages, worst_lag
 
 
 def status_document(
-    status: Sequence[MappingStatus], now: float, recent: Mapping[MappingId, Recent] | None = None
+    status: Sequence[MappingStatus],
+    now: float,
+    recent: Mapping[MappingId, Recent] | None = None,
+    store_problem: str = "",
 ) -> dict[str, Any]:
     """The document. Ages in seconds, instants (`at`, `next_attempt`) in epoch seconds, null where unknown.
 
     A mapping's `lag_seconds` is that of its worst shard, and the larger of the shard's lag and iterator age;
     `headroom_seconds` the least of its shards. `records_per_second` and `failed_per_second` are of the last minute,
-    totals since the daemon started. `history` is there where `recent` has series.
+    totals since the daemon started. `history` is there where `recent` has series. `store.problem`: why positions cannot
+    be saved, null while they can.
     """
     recent = recent or {}
     return {
         "version": __version__,
         "at": now,
+        "store": {"problem": store_problem or None},
         "mappings": [_mapping(mapping, now, recent.get(mapping.id)) for mapping in status],
     }
 

@@ -39,6 +39,7 @@ _CHANGE = "~change"  # no shard id of AWS has this letter
 _PARALLEL = 32  # writes at a time of one call
 _TRIES = 10  # of what another process can get in the way of
 _OPTIONAL = ("resume", "window")
+_WRITES = frozenset({"create", "acquire", "save", "release", "request", "beat", "put_document", "restore"})
 
 _T = TypeVar("_T")
 
@@ -54,6 +55,7 @@ class DynamoStore:
     def __init__(self, clients: AwsClients, settings: DynamoStoreSettings, observer: StoreObserver) -> None:
         self._table = Table(clients, settings)
         self._observer = observer
+        self.problem = ""
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -463,10 +465,14 @@ class DynamoStore:
         self._idle.clear()
         try:
             yield
-        except Exception:
+        except Exception as error:
+            if isinstance(error, StoreUnavailable):
+                self.problem = str(error)
             self._observer.requested(operation, "error")
             raise
         else:
+            if operation in _WRITES:  # each member beats; that reads go on says nothing about writes
+                self.problem = ""
             self._observer.requested(operation, "success")
         finally:
             self._active -= 1

@@ -14,6 +14,8 @@ from poller.core.model import Checkpoint, Lease, MappingId, Member, Row, ShardId
 class MemoryStore:
     """`CheckpointStore` in dictionaries. `close` keeps what it holds, so a simulated restart finds it again."""
 
+    problem = ""
+
     def __init__(self) -> None:
         self._rows: dict[tuple[MappingId, ShardId], Row] = {}
         self._documents: dict[str, str] = {}  # JSON text: what was put cannot change through a shared object

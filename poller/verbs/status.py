@@ -120,11 +120,13 @@ def status_lines(status: Document, *, brief: bool = False) -> list[str]:
     `brief`: healthy shards are only counted. What an older daemon does not say is shown as `-`.
     """
     mappings = mappings_worst_first(status["mappings"])
+    problem = status.get("store", {}).get("problem")
+    trouble = [_plain(f"positions cannot be saved: {problem}")] if problem else []
     if not mappings:
-        return ["no mappings"]
+        return [*trouble, "no mappings"]
     now = status.get("at") or time.time()
     prefixes = _prefixes([mapping["uuid"] for mapping in mappings])
-    lines = [_plain(line) for line in (_first_line(mappings), "", _HEAD)]
+    lines = trouble + [_plain(line) for line in (_first_line(mappings), "", _HEAD)]
     for mapping, prefix in zip(mappings, prefixes, strict=True):
         lines += map(_plain, _mapping_lines(mapping, prefix))
         ranked = worst_first(mapping["shards"])

@@ -79,6 +79,9 @@ class FakeControl:
     def unready(self):
         return self.missing
 
+    def store_problem(self):
+        return ""
+
     def list(self):
         return list(self.mappings.values())
 
@@ -552,7 +555,7 @@ async def test_api_status_is_the_contract(local):
     code, headers, text = await local.ask("GET", "/api/status")
     assert (code, headers["Content-Type"]) == (200, "application/json; charset=utf-8")
     document = json.loads(text)
-    assert document.keys() == {"version", "at", "mappings"}
+    assert document.keys() == {"version", "at", "store", "mappings"}
     assert document["at"] == NOW
     (mapping,) = document["mappings"]
     shards = mapping.pop("shards")
@@ -858,3 +861,86 @@ async def test_a_client_that_goes_away_is_not_a_bug(local):
         await local.server.stop()
     assert logs == []
     assert local.control.calls == []
+
+
+HEAD = b" HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+CREATE = b"POST " + MAPPINGS.encode() + HEAD
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture
+def library_logs(caplog):
+    """What aiohttp and asyncio say, from the level that a daemon shows on."""
+    caplog.set_level("INFO")
+    yield caplog.messages
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"GARBAGE\r\n\r\n", "BadHttpMethod"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", "BadHttpMethod"),
+        (b"GET /healthz" + HEAD + b"\r\nGARBAGE s3cret\r\n\r\n", None),
+        (b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", "LineTooLong"),
+        (b"GET /healthz" + HEAD + b"X: " + b"x" * 10_000 + b"\r\n\r\n", "LineTooLong"),
+        (b"GET /healthz" + HEAD + b"Author\xffization: Bearer s3cret\r\n\r\n", "BadHttpMessage"),
+        (b"GET http://[/" + HEAD + b"\r\n", "InvalidURLError"),
+        (b"GET /healthz HTTP/9.x\r\nHost: localhost\r\n\r\n", "BadStatusLine"),
+        (CREATE + CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n", None),
+        (CREATE + CHUNKED + b"2\r\n{}s3cret\r\n0\r\n\r\n", None),
+        (CREATE + b"Content-Length: s3cret\r\n\r\n{}", "BadHttpMessage"),
+        (CREATE + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", "RequestPayloadError"),
+        (b"GET /healthz" + HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", "RequestPayloadError"),
+    ],
+)
+async def test_what_is_no_http_is_a_line_without_a_traceback(local, library_logs, sent, reason):
+    """It is no error of ours. The line says who and what kind, never what was sent; the connection is closed."""
+    with structlog.testing.capture_logs() as logs:
+        reader, writer = await asyncio.open_connection("127.0.0.1", local.port)
+        writer.write(sent)
+        async with asyncio.timeout(5):
+            answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        assert (await local.ask("GET", "/healthz"))[0] == 200
+    [line] = logs
+    assert (line["event"], line["log_level"], line["unreported"]) == ("request_malformed", "info", 0)
+    assert line["remote"] in {"127.0.0.1", None}
+    assert reason in {None, line["reason"]}
+    assert "s3cret" not in str(line)
+    assert answer.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 ", b"HTTP/1.1 200 "))
+
+
+async def test_malformed_requests_do_not_fill_the_log(library_logs):
+    """One line in ten seconds, which counts the others."""
+
+    class Moved(FixedClock):
+        at = NOW
+
+        def now(self):
+            return self.at
+
+    clock = Moved()
+    async with serving(clock=clock) as harness:
+        with structlog.testing.capture_logs() as logs:
+            for seconds in (0, 1, 1, app.REPORT_INTERVAL):
+                clock.at += seconds
+                reader, writer = await asyncio.open_connection("127.0.0.1", harness.port)
+                writer.write(b"GARBAGE\r\n\r\n")
+                await reader.read()
+                writer.close()
+                await writer.wait_closed()
+    assert [line["unreported"] for line in logs] == [0, 2]
+
+
+def test_an_error_of_the_library_keeps_its_traceback(caplog):
+    """Only what a client sent is made short."""
+    wire = app._WireLog(app._Rare("request_malformed", FixedClock()))
+    with structlog.testing.capture_logs() as logs:
+        wire.exception("Unhandled exception", exc_info=ZeroDivisionError())
+        wire.debug("not shown at this level")
+    [record] = caplog.records
+    assert (record.name, record.message) == ("aiohttp.server", "Unhandled exception")
+    assert record.exc_info[0] is ZeroDivisionError
+    assert logs == []

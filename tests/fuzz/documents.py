@@ -9,7 +9,7 @@ from poller import kcl
 from poller.checkpoints import Checkpoints
 from poller.core.model import BatchPolicy, Listing, Mapping, Position, PositionKind, RetryPolicy, Row, Shard
 from poller.errors import ConfigError, PollerError, StoreUnavailable
-from poller.stores import dynamolayout, sqlite
+from poller.stores import dynamolayout, sqlite, sqlite_file
 from poller.stores.memory import MemoryStore
 from tests.fuzz.kit import Target, refused, run, silent
 from tests.fuzz.streams import FUNCTION, KINESIS
@@ -154,7 +154,7 @@ def row(document: bytes) -> None:
     more = document.decode(errors="replace").split("\n")[1:3]
     connection = sqlite3.connect(":memory:")
     try:
-        for statements in sqlite.MIGRATIONS:
+        for statements in sqlite_file.MIGRATIONS:
             for statement in statements:
                 connection.execute(statement)
         try:

@@ -36,6 +36,7 @@ class Ledger:
     attempts: Counter[str] = field(default_factory=Counter)
     requests: list[dict[str, str]] = field(default_factory=list)
     rule: Any = None
+    closes: bool = False  # each connection after its answer
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -57,7 +58,7 @@ class Ledger:
         if len(self.events) < 50:
             self.events += records[:1]
         self.changed.set()
-        return web.json_response({})
+        return web.json_response({}, headers={"Connection": "close"} if self.closes else None)
 
     @staticmethod
     def name(record: dict[str, Any]) -> str:
