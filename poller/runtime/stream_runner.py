@@ -110,6 +110,7 @@ class StreamRunner:
         self._waiting: set[ShardId] | None = None  # shards that are still to be moved; None: all
         self._give: dict[ShardId, str] = {}  # shards that are being handed over, and to whom
         self._gone: set[ShardId] = set()  # shards that the source denied to know
+        self._told: set[tuple[ShardId, str]] = set()  # losses that were reported
         self._failures: dict[ShardId, int] = {}
         self._using: Counter[StreamSource] = Counter()  # shards at work with each source
         self._retired: list[StreamSource] = []  # sources that a retune replaced; shards may still be at work with them
@@ -279,9 +280,9 @@ class StreamRunner:
                 return
         plan = lineage.plan(listing, await store.load(mapping), self._start)
         if plan.create:
-            await store.create(mapping, plan.create)
             for shard in plan.orphans:
                 self._report_loss(shard, "a parent of the shard came and expired without having been seen")
+            await store.create(mapping, plan.create)
             now = self._clock.now()
             self._fresh.update(
                 (row.shard, (row.checkpoint.position, now))
@@ -503,11 +504,17 @@ class StreamRunner:
 
     async def _bury(self, lease: Lease) -> None:
         """The shard has left the stream before it was read to its end: what it still held is lost, and that is said."""
+        self._report_loss(lease.shard, "the shard expired before it was read to its end")
         await self._context.store.release(lease, Checkpoint(END))
         self._gone.discard(lease.shard)
-        self._report_loss(lease.shard, "the shard expired before it was read to its end")
 
     def _report_loss(self, shard: ShardId, reason: str) -> None:
+        """Before the store hears of it: after a crash in between it is said again. In the other order it would never be
+        said. Once, though the store may be asked again.
+        """
+        if (shard, reason) in self._told:
+            return
+        self._told.add((shard, reason))
         self._pipe.observer.lost(shard, 1)
         self._log(_log.error, "records_lost", shard=shard, reason=reason)
 
