@@ -28,6 +28,7 @@ from poller.core.retry import Backoff
 from poller.destinations import Destinations
 from poller.errors import ConfigError, PollerError, StoreUnavailable
 from poller.filemodes import loose_modes
+from poller.garbage import collect_rarely
 from poller.mappings import resolve
 from poller.notify import Notifier
 from poller.ports import Clock, QueueSource, StreamSource, Target, Tracer
@@ -70,7 +71,8 @@ class Worker:
     """Which of the processes of a daemon this one is: `number` from 0, of `count`. `name`: as a member of the fleet.
 
     `socket`: the path where its parent asks it things. `lend`: the slots that a function has in the whole daemon, by
-    its name. `settings`: the next ones, when the config file has changed. `started`: to be called once it listens.
+    its name. `settings`: the next ones, when the config file has changed. `ready`: to be called once it listens, and
+    once it runs what `settings` has answered.
     """
 
     number: int
@@ -79,7 +81,7 @@ class Worker:
     socket: str
     lend: Callable[[str], Lender]
     settings: Callable[[], Awaitable[Settings]]
-    started: Callable[[], None]
+    ready: Callable[[], None]
 
     def bounds(self, name: str, limit: int | None, rate: float | None) -> _Bounds:
         """What this worker has of a function's limits. Where there are fewer slots than workers, each one is lent to
@@ -372,8 +374,7 @@ class Daemon:
             )
         else:
             _log.info("worker_started", name=worker.name, pid=os.getpid())
-            worker.started()
-        self._notifier.ready()
+        self._say_ready()
         async with asyncio.TaskGroup() as tasks:
             saver = tasks.create_task(checkpointer.run())
             keeper = tasks.create_task(leases.run())
@@ -444,7 +445,12 @@ class Daemon:
             if self._server is not None:
                 self._server.renew()
             _log.info("config_reloaded", config=settings.path, mappings=len(settings.mappings))
-            self._notifier.ready()
+            self._say_ready()
+
+    def _say_ready(self) -> None:
+        self._notifier.ready()
+        if self._worker is not None:
+            self._worker.ready()
 
 
 def _tracing(settings: Settings) -> AbstractAsyncContextManager[Callable[[Mapping, FunctionSettings], Tracer] | None]:
@@ -579,6 +585,7 @@ class Life(Protocol):
 
 def run(settings: Settings, begin: Callable[[Settings], Life] = Daemon) -> int:
     """Live one life after the other until one ends for good; the exit code of `poller run`."""
+    collect_rarely()
     configure_logging(settings.log, settings.secrets())
     for warning in settings.warnings:
         _log.warning("config_warning", warning=warning)

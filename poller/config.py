@@ -333,7 +333,7 @@ CONFIG = Object(
             Object(
                 (
                     Field(
-                        "buffer_bytes", Whole(1_048_576), "Records in memory, all mappings together. Default: 256 MiB."
+                        "buffer_bytes", Whole(1_048_576), "Records in memory, all mappings together. Default: 64 MiB."
                     ),
                     Field(
                         "shard_series",

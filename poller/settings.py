@@ -175,7 +175,7 @@ class LimitSettings:
     shards that have series of their own in the metrics; the worst ones, when there are more.
     """
 
-    buffer_bytes: int = 256 * 1024 * 1024
+    buffer_bytes: int = 64 * 1024 * 1024
     shard_series: int = 10_000
 
 

@@ -28,6 +28,8 @@ EXPIRED_TOKEN_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "Reque
 
 _JSON_VERSIONS = {"kinesis": "1.1", "dynamodb": "1.0", "dynamodbstreams": "1.0", "sqs": "1.0"}
 _READ_BUFFER_BYTES = 256 * 1024
+_WRITE_BYTES = 256 * 1024
+_READS = 1_024  # at once
 _ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")
 _CLOSED = (errno.ECONNRESET, errno.EPIPE)
 _USERINFO = re.compile(r"//[^/@\s]*@")
@@ -79,8 +81,14 @@ class Body(aiohttp.Payload):
         return str(self._value, encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        """One write after the headers."""
-        await writer.write(self._value)
+        """After the headers; a large body in pieces, for the transport copies what the socket does not take at once."""
+        size = len(self._value)
+        if size <= _WRITE_BYTES:
+            await writer.write(self._value)
+            return
+        view = memoryview(self._value)
+        for start in range(0, size, _WRITE_BYTES):
+            await writer.write(view[start : start + _WRITE_BYTES])
 
 
 def tcp_socket(address: aiohttp.AddrInfoType) -> socket.socket:
@@ -144,7 +152,11 @@ def describe(error: Exception) -> str:
 
 
 class LeanClient:
-    """One service in one region. May be used by any number of tasks; `AwsClients` owns the connections."""
+    """One service in one region. May be used by any number of tasks; `AwsClients` owns the connections.
+
+    `reads`: whoever polls by the thousand takes it around a call, first come first served. Without it every call would
+    wait for one of the pool's connections instead, where its timeout runs already.
+    """
 
     def __init__(
         self,
@@ -164,6 +176,7 @@ class LeanClient:
         self._http = http
         self._proxy = proxy
         self._content_type = f"application/x-amz-json-{_JSON_VERSIONS.get(service, '1.0')}"
+        self.reads = asyncio.Semaphore(_READS)
 
     async def call(self, target: str, body: bytes, timeout: float) -> bytes:  # noqa: ASYNC109
         """The body of a 200 answer to `target`, e.g. `Kinesis_20131202.GetRecords`; the caller parses it.

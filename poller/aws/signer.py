@@ -4,7 +4,7 @@ What repeats is kept: the signing key of a day, the text of a second, the host a
 """
 
 import hmac
-import time
+from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
 from urllib.parse import quote, urlsplit
@@ -12,6 +12,8 @@ from urllib.parse import quote, urlsplit
 from botocore.auth import SIGNED_HEADERS_BLACKLIST
 from botocore.credentials import ReadOnlyCredentials
 from botocore.utils import normalize_url_path
+
+from poller.clock import wall_clock
 
 _UNSIGNED = frozenset(SIGNED_HEADERS_BLACKLIST)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -31,7 +33,7 @@ def sign(  # noqa: PLR0917
 
     `url` is percent-encoded as it is sent. Every header that is there is signed, but for those that proxies change.
     """
-    stamp = _stamp(int(time.time()))
+    stamp = _stamp(int(wall_clock()))
     headers["X-Amz-Date"] = stamp
     if credentials.token:
         headers["X-Amz-Security-Token"] = credentials.token
@@ -56,7 +58,7 @@ def sign(  # noqa: PLR0917
 
 @lru_cache(maxsize=1)
 def _stamp(second: int) -> str:
-    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
+    return datetime.fromtimestamp(second, UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
 @lru_cache(maxsize=256)

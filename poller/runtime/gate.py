@@ -224,9 +224,9 @@ class ByteBudget:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._used = 0
-        self._waiting: dict[asyncio.Event, None] = {}  # a dict keeps their order
+        self._waiting: dict[asyncio.Event, int] = {}  # a dict keeps their order
 
     @property
     def used(self) -> int:
@@ -235,7 +235,7 @@ class ByteBudget:
 
     def left(self) -> int:
         """Bytes that may be taken now; never negative."""
-        return max(0, self._limit - self._used)
+        return max(0, self.limit - self._used)
 
     def take(self, nbytes: int) -> None:
         """Count bytes as taken, over the limit too."""
@@ -244,10 +244,23 @@ class ByteBudget:
     def give(self, nbytes: int) -> None:
         """Give bytes back."""
         self._used -= nbytes
-        waiting, self._waiting = self._waiting, {}
-        for event in waiting:
+        if not self._waiting:
+            return
+        left, fitting = self.left(), []
+        for event, need in self._waiting.items():
+            if need <= left:
+                left -= need
+                fitting.append(event)
+        for event in fitting:
+            del self._waiting[event]
             event.set()
 
-    def notify(self, event: asyncio.Event) -> None:
-        """Set the event once, when somebody gives something back."""
-        self._waiting[event] = None
+    def notify(self, event: asyncio.Event, need: int) -> None:
+        """Set the event once, when something is given back and so many bytes may be taken; those who asked first come
+        first, and who needs too much keeps nobody waiting.
+        """
+        self._waiting[event] = need
+
+    def forget(self, event: asyncio.Event) -> None:
+        """It is waited for no more."""
+        self._waiting.pop(event, None)

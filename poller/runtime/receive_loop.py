@@ -257,7 +257,7 @@ class ReceiveLoop:
         budget = self._queue.context.budget
         while budget.left() == 0 and self._pool.is_holding():
             given = asyncio.Event()
-            budget.notify(given)
+            budget.notify(given, 1)
             await given.wait()
 
     # --- receiving
@@ -388,6 +388,9 @@ class ReceiveLoop:
             if self.extension is not None:
                 await self.extension.wait()
             self._drop(len(records))
+            # Before the queue hears of it: it gives out what follows in a group the moment that it has, and another
+            # loop may be told so before this one.
+            self._pool.groups.difference_update([record.key for record in records])
             match outcome:
                 case Delivered():
                     await self._delete(records)
@@ -399,7 +402,6 @@ class ReceiveLoop:
             if self.held and self._mapping.source.fifo and not isinstance(outcome, Delivered):
                 # What follows in a group must not overtake what failed; the queue keeps the group locked.
                 await self._return()
-            self._pool.groups.difference_update([record.key for record in records])
             self.phase = Phase.WAITING
             if not self.held:
                 return

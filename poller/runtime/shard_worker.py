@@ -50,6 +50,8 @@ _log = structlog.get_logger(__name__)
 _GUESSED_RECORD_BYTES = 2048  # until the shard has shown its own
 _FILTER_CHUNK = 500
 _SMALL_READ_BYTES = 262_144  # what a shard may take although the byte budget is used up
+_WHOLE_READ_SHARE = 4  # of the byte budget: more is not waited for
+_PATIENCE = 5.0  # seconds that a shard waits for the bytes of a whole read
 
 
 class ShardWorker:
@@ -103,6 +105,7 @@ class ShardWorker:
         self._is_stopped = False
         self._lag: float | None = None
         self._record_bytes = _GUESSED_RECORD_BYTES
+        self._is_short = False  # of bytes, and for too long to wait for a whole read's
         self._rereads = 0  # how often what was read was dropped: a read from before that must not be taken in
         self._reserved = 0  # bytes that the read under way may bring
         self._accounted = 0
@@ -298,6 +301,8 @@ class ShardWorker:
         iterator: str | None = None
         failures = rereads = 0
         asking, reading = self._traits.operations
+        # Shards that began together would poll together, and wait for each other's answers, for ever.
+        phase = self._context.random.random()
         while True:
             limit = await self._wait_for_room()
             started = self._clock.now()
@@ -369,27 +374,46 @@ class ShardWorker:
             if iterator is None:
                 self._seal()
                 return
-            interval = self._traits.min_interval if is_behind else self._traits.tip_interval
+            interval = self._traits.min_interval
+            if not is_behind:
+                interval, phase = self._traits.tip_interval * phase, 1.0
             await sleep_until(self._clock, started + interval)
 
     async def _wait_for_room(self) -> int:
-        """How many records to ask for: bounded by the shard's buffer and the bytes that the process may still take."""
+        """How many records to ask for: bounded by the shard's buffer and the bytes that the process may still take.
+
+        Bytes for a whole read are waited for, because many small reads make many small batches. Not for long: what
+        holds the bytes may be stuck. Then a shard takes little at a time, and at once, until there is room again.
+        """
+        budget, patient_until = self._context.budget, inf
         while True:
             self._room.clear()
             room = self._flow.room()
-            nbytes = self._context.budget.left()
-            if self._flow.held == 0:
-                nbytes = max(nbytes, _SMALL_READ_BYTES)
-            if room and nbytes >= _SMALL_READ_BYTES:
-                limit = min(room, self._traits.fetch_limit, max(1, nbytes // self._record_bytes))
-                if not self._flow.newest and self._context.budget.left() < _SMALL_READ_BYTES:
+            if not room:
+                await self._room.wait()
+                continue
+            most, left = min(room, self._traits.fetch_limit), budget.left()
+            whole = min(most * self._record_bytes, budget.limit // _WHOLE_READ_SHARE)
+            if left >= whole:
+                self._is_short = False
+            elif self._clock.now() >= patient_until:
+                self._is_short = True
+            holds_nothing = self._flow.held == 0
+            if left >= whole or (self._is_short and (left >= _SMALL_READ_BYTES or holds_nothing)):
+                if holds_nothing:
+                    left = max(left, _SMALL_READ_BYTES)
+                limit = min(most, max(1, left // self._record_bytes))
+                if not self._flow.newest and budget.left() < min(whole, _SMALL_READ_BYTES):
                     limit = 1  # nobody knows yet how large its records are
                 if not self._traits.is_pushed:
                     self._reserved = limit * self._record_bytes
                 self._account()
                 return limit
-            self._context.budget.notify(self._room)
-            await self._room.wait()
+            budget.notify(self._room, _SMALL_READ_BYTES if self._is_short else whole)
+            if patient_until == inf and not self._is_short:
+                patient_until = self._clock.now() + _PATIENCE
+            await wait_until(self._room, self._clock, inf if self._is_short else patient_until)
+            budget.forget(self._room)
 
     def _account(self) -> None:
         """Tell the byte budget what this shard holds and reserves; what it gives back wakes those who wait for room."""
@@ -399,6 +423,7 @@ class ShardWorker:
             self._context.budget.take(change)
         elif change < 0:
             self._context.budget.give(-change)
+            self._room.set()
 
     async def _new_iterator(self) -> str:
         position = self._position()

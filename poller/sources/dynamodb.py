@@ -23,7 +23,7 @@ from poller.core.model import (
 )
 from poller.errors import IteratorExpired, PositionTrimmed, SourceUnavailable
 from poller.ports import Clock
-from poller.sources.kinesis import named
+from poller.sources.kinesis import READS, STARTS, named
 
 TRAITS = StreamTraits(fetch_limit=1000, tip_interval=0.25, has_timestamps=False)
 RETENTION = 86_400.0  # fixed by AWS
@@ -143,6 +143,8 @@ class DynamoSource:
         self._clients = clients
         self._clock = clock
         self._encode = Encoder(spec).encode
+        self._reads = asyncio.Semaphore(READS)
+        self._starts = asyncio.Semaphore(STARTS)
 
     async def shards(self) -> Listing:
         """Every page, closed shards included."""
@@ -182,18 +184,20 @@ class DynamoSource:
             case PositionKind.END | PositionKind.AT_TIMESTAMP:
                 raise ValueError(f"DynamoDB Streams has no iterator for {at.kind}")
         lean = await self._lean()
-        with translated("GetShardIterator", _ERRORS):
-            body = await lean.call("DynamoDBStreams_20120810.GetShardIterator", _json(request), _ITERATOR_TIMEOUT)
+        async with self._starts, lean.reads:
+            with translated("GetShardIterator", _ERRORS):
+                body = await lean.call("DynamoDBStreams_20120810.GetShardIterator", _json(request), _ITERATOR_TIMEOUT)
         return parse(_iterators, body, "GetShardIterator").ShardIterator
 
     async def fetch(self, shard: ShardId, iterator: str, limit: int) -> Fetch:  # noqa: ARG002
         """One GetRecords of at most `limit` records; the iterator names the shard."""
         lean = await self._lean()
         request = {"ShardIterator": iterator, "Limit": min(limit, TRAITS.fetch_limit)}
-        try:
-            body = await lean.call("DynamoDBStreams_20120810.GetRecords", _json(request), _FETCH_TIMEOUT)
-        except AwsError as error:
-            raise translate(error, _FETCH_ERRORS, "GetRecords") from None
+        async with self._reads, lean.reads:
+            try:
+                body = await lean.call("DynamoDBStreams_20120810.GetRecords", _json(request), _FETCH_TIMEOUT)
+            except AwsError as error:
+                raise translate(error, _FETCH_ERRORS, "GetRecords") from None
         answer = parse(_answers, body, "GetRecords")
         encode = self._encode
         try:

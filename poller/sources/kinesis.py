@@ -31,6 +31,8 @@ from poller.ports import Clock
 
 TRAITS = StreamTraits(fetch_limit=10_000, tip_interval=1.0, has_timestamps=True)
 
+READS = 256  # of one stream at once: one that hangs leaves connections to the others
+STARTS = 64  # GetShardIterators likewise, which otherwise all come at once
 _READS_PER_SECOND = 5  # GetRecords, and GetShardIterator, of one shard by all its consumers
 _SHARDS_PER_PAGE = 10_000
 _ITERATOR_TIMEOUT = 10.0
@@ -150,6 +152,8 @@ class KinesisSource:
         self._clock = clock
         self._limits = limits
         self._shards: dict[ShardId, _ShardReader] = {}
+        self._reads = asyncio.Semaphore(READS)
+        self._starts = asyncio.Semaphore(STARTS)
 
     async def shards(self) -> Listing:
         """Every page, closed shards included."""
@@ -206,7 +210,7 @@ class KinesisSource:
             case PositionKind.END:
                 raise ValueError(f"shard {shard} is read to its end: there is no iterator")
         lean = await self._lean()
-        async with self._reader(shard).iterators:
+        async with self._reader(shard).iterators, self._starts, lean.reads:
             try:
                 body = await lean.call("Kinesis_20131202.GetShardIterator", _json(request), _ITERATOR_TIMEOUT)
             except AwsError as error:
@@ -220,7 +224,7 @@ class KinesisSource:
         lean = await self._lean()
         reader = self._reader(shard)
         request = {"ShardIterator": iterator, "Limit": min(limit, TRAITS.fetch_limit), "StreamARN": self._spec.arn}
-        async with reader.reads:
+        async with reader.reads, self._reads, lean.reads:
             try:
                 body = await lean.call("Kinesis_20131202.GetRecords", _json(request), _FETCH_TIMEOUT)
             except AwsError as error:

@@ -10,10 +10,11 @@ import structlog
 
 from poller.app import Daemon, Worker
 from poller.errors import PollerError
+from poller.garbage import collect_rarely
 from poller.runtime.gate import Lender
 from poller.settings import Settings
 from poller.telemetry import configure_logging
-from poller.workers.channel import Back, Begin, Changed, Channel, Granted, Started, Stop, Take
+from poller.workers.channel import Back, Begin, Changed, Channel, Granted, Ready, Stop, Take
 
 _log = structlog.get_logger(__name__)
 
@@ -120,7 +121,7 @@ async def _work(descriptor: int) -> int:
         begin.socket,
         lend,
         ordered.settings,
-        lambda: channel.send(Started()),
+        lambda: channel.send(Ready()),
     )
     daemon = Daemon(begin.settings, worker)
     async with asyncio.TaskGroup() as tasks:
@@ -138,6 +139,7 @@ async def _work(descriptor: int) -> int:
 
 def work(descriptor: int) -> int:
     """Be a worker over one end of a socket pair; the exit code of the process."""
+    collect_rarely()
     try:
         return asyncio.run(_work(descriptor))
     except asyncio.CancelledError:

@@ -34,7 +34,7 @@ def assert_same(
     """What botocore adds to its own request, our signer adds to ours."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("botocore.auth.get_current_datetime", lambda: when)
-        patch.setattr(signer.time, "time", when.timestamp)
+        patch.setattr(signer, "wall_clock", when.timestamp)
         oracle = AWSRequest(method="POST", url=url, headers=dict(headers), data=body)
         SigV4Auth(keys, "kinesis", "eu-west-1").add_auth(oracle)
         ours = dict(headers)

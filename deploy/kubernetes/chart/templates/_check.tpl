@@ -5,12 +5,12 @@ What values.schema.json cannot say: every mistake at once, a sentence each with 
 {{- $mistakes := list -}}
 {{- $store := .Values.config.store -}}
 {{- $fleet := include "esm-poller.isFleet" . -}}
-{{- $folder := printf "%s/" (trimSuffix "/" .Values.persistence.mountPath) -}}
+{{- $folder := printf "%s/" (clean .Values.persistence.mountPath) -}}
 {{- if contains "${" $store -}}
   {{- $mistakes = append $mistakes "config.store has a ${...} in it, and the chart must know the store; write it out." -}}
 {{- else if not (or $fleet (hasPrefix "sqlite:///" $store)) -}}
   {{- $mistakes = append $mistakes (printf "config.store %q is not a store for a pod; give sqlite:///ABSOLUTE/PATH or dynamodb://TABLE." $store) -}}
-{{- else if not (or $fleet (hasPrefix $folder (trimPrefix "sqlite://" $store))) -}}
+{{- else if not (or $fleet (hasPrefix $folder (clean (trimPrefix "sqlite://" $store)))) -}}
   {{- $mistakes = append $mistakes (printf "config.store %q is not on the volume, so positions would be lost with the pod; give a path below persistence.mountPath, such as sqlite://%spoller.db." $store $folder) -}}
 {{- end -}}
 {{- if and (not $fleet) (gt (int .Values.replicas) 1) -}}
