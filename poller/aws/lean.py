@@ -11,12 +11,14 @@ import errno
 import re
 import socket
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import aiohttp
 import msgspec
 from aiohttp.abc import AbstractStreamWriter
 from botocore.credentials import ReadOnlyCredentials
+from multidict import istr
 from yarl import URL
 
 from poller.aws.signer import sign
@@ -31,6 +33,7 @@ _READ_BUFFER_BYTES = 256 * 1024
 _WRITE_BYTES = 256 * 1024
 _READS = 1_024  # at once
 _ACCESS_KEY = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")
+_CONTENT_TYPE, _TARGET = istr("Content-Type"), istr("X-Amz-Target")  # aiohttp is spared reading their case
 _CLOSED = (errno.ECONNRESET, errno.EPIPE)
 _USERINFO = re.compile(r"//[^/@\s]*@")
 
@@ -170,6 +173,7 @@ class LeanClient:
         proxy: str | None = None,
     ) -> None:
         self._endpoint = endpoint.rstrip("/")
+        self._root = self._endpoint + "/", URL(self._endpoint + "/", encoded=True)
         self._signing_name = signing_name
         self._signing_region = signing_region
         self._credentials = credentials
@@ -185,15 +189,15 @@ class LeanClient:
         AccessDenied when there are no credentials. A call whose connection broke before an answer began is repeated
         once at once, because the server may just have closed an idle one; what goes through here may be repeated.
         """
-        headers = {"Content-Type": self._content_type, "X-Amz-Target": target}
-        limits = aiohttp.ClientTimeout(total=timeout, connect=min(timeout, CONNECT_TIMEOUT))
+        headers: dict[str, str] = {_CONTENT_TYPE: self._content_type, _TARGET: target}
+        limits = _limits(timeout)
         try:
             try:
-                answer = await self._send("POST", "/", headers, body, limits)
+                answer = await self._take(await self._open("POST", *self._root, headers, body, limits))
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
                 if not _was_idle(error):
                     raise
-                answer = await self._send("POST", "/", headers, body, limits)
+                answer = await self._take(await self._open("POST", *self._root, headers, body, limits))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise SourceUnavailable(f"{target.rpartition('.')[2]}: {describe(error)}") from None
         if answer.status != 200:
@@ -216,23 +220,24 @@ class LeanClient:
         and nothing was sent either.
         """
         limits = aiohttp.ClientTimeout(total=timeout, connect=connect_timeout)
-        return await self._send(method, path, headers, body, limits)
+        url = self._endpoint + path
+        return await self._take(await self._open(method, url, URL(url, encoded=True), dict(headers), body, limits))
 
     async def stream(self, target: str, body: bytes, timeout: float) -> aiohttp.ClientResponse:  # noqa: ASYNC109
         """A 200 answer to `target` whose body goes on for as long as the service likes; the caller closes it.
 
         `timeout`: seconds until it begins. Errors and the one repeat as in `call`.
         """
-        headers = {"Content-Type": self._content_type, "X-Amz-Target": target}
+        headers: dict[str, str] = {_CONTENT_TYPE: self._content_type, _TARGET: target}
         limits = aiohttp.ClientTimeout(total=None, connect=min(timeout, CONNECT_TIMEOUT))
         try:
             async with asyncio.timeout(timeout):
                 try:
-                    response = await self._open("POST", "/", headers, body, limits)
+                    response = await self._open("POST", *self._root, headers, body, limits)
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError) as error:
                     if not _was_idle(error):
                         raise
-                    response = await self._open("POST", "/", headers, body, limits)
+                    response = await self._open("POST", *self._root, headers, body, limits)
                 if response.status == 200:
                     return response
                 answer = await self._take(response)
@@ -240,24 +245,17 @@ class LeanClient:
             raise SourceUnavailable(f"{target.rpartition('.')[2]}: {describe(error)}") from None
         raise parse_error(answer.status, answer.headers, answer.body)
 
-    async def _send(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes, limits: aiohttp.ClientTimeout
-    ) -> LeanAnswer:
-        return await self._take(await self._open(method, path, headers, body, limits))
-
-    async def _open(
-        self, method: str, path: str, headers: Mapping[str, str], body: bytes, limits: aiohttp.ClientTimeout
+    async def _open(  # noqa: PLR0917
+        self, method: str, url: str, parsed: URL, headers: dict[str, str], body: bytes, limits: aiohttp.ClientTimeout
     ) -> aiohttp.ClientResponse:
-        """The head of an answer; its body is still to come."""
-        url = self._endpoint + path
-        signed = dict(headers)
+        """The head of an answer; its body is still to come. `parsed` is the URL too; `headers` take the signature."""
         keys = await self._credentials.frozen()
-        sign(keys, self._signing_name, self._signing_region, method, url, signed, body)
+        sign(keys, self._signing_name, self._signing_region, method, url, headers, body)
         return await self._http.request(
             method,
-            URL(url, encoded=True),
+            parsed,
             data=Body(body),
-            headers=signed,
+            headers=headers,
             allow_redirects=False,
             proxy=self._proxy,
             timeout=limits,
@@ -273,6 +271,11 @@ class LeanClient:
         return answer
 
 
+@lru_cache(maxsize=64)
+def _limits(timeout: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=timeout, connect=min(timeout, CONNECT_TIMEOUT))
+
+
 def _was_idle(error: Exception) -> bool:
     """How a request on a kept-alive connection ends that the server had closed: no byte of an answer came."""
     if isinstance(error, aiohttp.ClientConnectorError):
@@ -284,7 +287,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     """The body, at most MAX_ANSWER_BYTES of it; a longer one is a ClientPayloadError and closes the connection."""
     chunks: list[bytes] = []
     size = 0
-    async for chunk in response.content.iter_any():
+    while chunk := await response.content.readany():
         chunks.append(chunk)
         size += len(chunk)
         if size > MAX_ANSWER_BYTES:

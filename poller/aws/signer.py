@@ -12,11 +12,13 @@ from urllib.parse import quote, urlsplit
 from botocore.auth import SIGNED_HEADERS_BLACKLIST
 from botocore.credentials import ReadOnlyCredentials
 from botocore.utils import normalize_url_path
+from multidict import istr
 
 from poller.clock import wall_clock
 
 _UNSIGNED = frozenset(SIGNED_HEADERS_BLACKLIST)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_DATE, _TOKEN, _AUTHORIZATION = istr("X-Amz-Date"), istr("X-Amz-Security-Token"), istr("Authorization")
 _EMPTY = sha256(b"").hexdigest()
 
 
@@ -34,9 +36,9 @@ def sign(  # noqa: PLR0917
     `url` is percent-encoded as it is sent. Every header that is there is signed, but for those that proxies change.
     """
     stamp = _stamp(int(wall_clock()))
-    headers["X-Amz-Date"] = stamp
+    headers[_DATE] = stamp
     if credentials.token:
-        headers["X-Amz-Security-Token"] = credentials.token
+        headers[_TOKEN] = credentials.token
     host, path, query = _parts(url)
     canonical = {"host": host}
     for name, value in headers.items():
@@ -51,7 +53,7 @@ def sign(  # noqa: PLR0917
     scope = f"{stamp[:8]}/{region}/{service}/aws4_request"
     text = f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{sha256(request.encode()).hexdigest()}"
     signature = hmac.digest(_key(credentials.secret_key, stamp[:8], region, service), text.encode(), "sha256").hex()
-    headers["Authorization"] = (
+    headers[_AUTHORIZATION] = (
         f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, SignedHeaders={signed}, Signature={signature}"
     )
 

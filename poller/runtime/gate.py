@@ -32,9 +32,15 @@ class _Slots:
         self.limit = limit
         self._admit()
 
-    async def take(self) -> None:
+    def take_free(self) -> bool:
+        """Take one that is free: where one is, nobody waits."""
         if self._taken < self.limit:
             self._taken += 1
+            return True
+        return False
+
+    async def take(self) -> None:
+        if self.take_free():
             return
         place = asyncio.get_running_loop().create_future()
         self._line.append(place)
@@ -90,6 +96,10 @@ class _Permits:
             self._limit = max(1, int(rate))
             self._period = self._limit / rate
         self._changed.set()
+
+    @property
+    def is_on(self) -> bool:
+        return self._limit > 0
 
     async def take(self) -> float:
         if not self._limit:
@@ -176,6 +186,10 @@ class Gate:
         """No mapping has it and it remembers nothing: a new one would do the same."""
         return self.users == 0 and self._slots.is_idle and self._permits.is_fresh
 
+    def acquire_free(self) -> bool:
+        """Take a slot that is free, without a wait. False too when others lend them."""
+        return self._lender is None and self._slots.take_free()
+
     async def acquire(self) -> None:
         """Wait for a slot and take it."""
         await self._slots.take()
@@ -194,6 +208,11 @@ class Gate:
         if self._loans:
             self._loans.pop().give_back()
         self._slots.give_back()
+
+    @property
+    def is_rated(self) -> bool:
+        """There is a rate, so permits may have to be waited for."""
+        return self._permits.is_on
 
     async def permit(self) -> float:
         """Wait for a permit and use it up. Its stamp, for `refund`; at once and -inf without a rate."""

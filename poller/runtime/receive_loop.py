@@ -129,6 +129,9 @@ class _Turn:
         """Take a slot, of the gate that counts now."""
         self._follow()
         while not self._has_slot:
+            if self._gate.acquire_free():
+                self._has_slot = True
+                return
             await self._wait(self._acquire())
             self._follow()
 
@@ -138,7 +141,7 @@ class _Turn:
             await self.slot()
             if self._stamp is not None and self._clock.now() - self._taken_at > _PERMIT_LIFE:
                 self._refund()
-            if self._stamp is not None:
+            if self._stamp is not None or not self._gate.is_rated:
                 return
             await self._wait(self._permit())
 

@@ -26,6 +26,7 @@ _CALL_TIMEOUT = 10.0  # beyond the wait of a long poll
 _BATCH_TRIES = 6
 _BATCH_PAUSE = 0.1  # before the second try; doubled for each further one
 _BATCH_CALLS = 16  # at once
+_IDS = tuple(str(index) for index in range(RECEIVE_LIMIT))
 _HIDDEN_ATTRIBUTE = "SqsManagedSseEnabled"  # Lambda does not pass it on
 _ERRORS: ErrorTable = {}
 
@@ -263,6 +264,9 @@ class SqsSource:
                 reason = str(error)
                 break
             done = {entry.Id for entry in answer.Successful or ()}
+            if done.issuperset(_IDS[: len(left)]):
+                left = []
+                break
             faults = {entry.Id for entry in answer.Failed or () if entry.SenderFault} - done
             reason = next((entry.Code for entry in answer.Failed or ()), "") or reason
             refused += [record for index, record in enumerate(left) if str(index) in faults]
@@ -277,7 +281,9 @@ class SqsSource:
         return refused
 
     async def _send_change(self, operation: str, records: Sequence[Record], extra: Mapping[str, Any]) -> _Changed:
-        entries = [{"Id": str(index), "ReceiptHandle": record.handle, **extra} for index, record in enumerate(records)]
+        entries = [
+            {"Id": name, "ReceiptHandle": record.handle, **extra} for name, record in zip(_IDS, records, strict=False)
+        ]
         body = _json({"QueueUrl": await self._queue_url(), "Entries": entries})
         lean = await self._lean()
         async with self._calls:
