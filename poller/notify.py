@@ -61,6 +61,8 @@ class Notifier:
         self._changed = asyncio.Event()  # the phase did
         self._awaited = ""  # what the start waits for
         self._is_refused = False  # the config file was, when it was last read
+        self._is_behind = False  # workers are
+        self._is_due = False  # READY is to be said, once they are not
         self._owed = ""  # the newest phase, while the manager has not taken it
         self._line = ""  # the last one that it has taken
         self._is_heard = True
@@ -74,11 +76,22 @@ class Notifier:
 
     def ready(self, *, refused: bool = False) -> None:
         """It is up, or has reloaded; `refused`: the config file is bad, the old one goes on."""
-        self._is_refused = refused
-        self._enter(_Phase.RUNNING, "READY=1")
+        self._is_refused, self._is_due = refused, True
+        self._say_due()
+
+    def behind(self, *, is_behind: bool) -> None:
+        """Workers are not ready yet, or all are. Ready is said when they are, however early `ready` was called."""
+        self._is_behind = is_behind
+        self._say_due()
+
+    def _say_due(self) -> None:
+        if self._is_due and not self._is_behind:
+            self._is_due = False
+            self._enter(_Phase.RUNNING, "READY=1")
 
     def reloading(self) -> None:
         """It reads its config file, or begins anew; `ready` follows."""
+        self._is_due = False
         # Type=notify-reload compares the moment with that of its signal: CLOCK_MONOTONIC, which asyncio's clock is.
         moment = int(asyncio.get_running_loop().time() * _MICROSECONDS)
         self._enter(_Phase.RELOADING, f"RELOADING=1\nMONOTONIC_USEC={moment}")

@@ -231,9 +231,17 @@ async def _shut_down(provider: TracerProvider, sender: "_Sender", seconds: float
 
 
 class _Session(requests.Session):
-    """Remembers why the last request failed, in words without a URL; empty when it did not."""
+    """Remembers why the last request failed, in words without a URL; empty when it did not.
+
+    Proxies and CAs are those of the environment. ~/.netrc is not looked into: no other request of the daemon does, and
+    what it holds for a host is not meant for whoever receives traces there.
+    """
 
     reason = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auth = _as_it_is  # where there is none, requests takes that of ~/.netrc
 
     def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
         try:
@@ -244,6 +252,11 @@ class _Session(requests.Session):
         status = response.status_code
         self.reason = "" if 200 <= status < 400 else f"it answered {status}"
         return response
+
+
+def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Authenticated by its headers, OTEL_EXPORTER_OTLP_HEADERS, or not at all."""
+    return request
 
 
 def _why(error: OSError) -> str:

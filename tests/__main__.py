@@ -9,8 +9,9 @@ STEPS = (
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
     ["mypy"],
-    # Much of it waits for other processes. `testpaths` names the long ones first, so that both processes end together.
-    ["pytest", "-q", "-n", "2", "--dist", "worksteal"],
+    # Much of it waits for other processes: a third keeps two cores busy. `testpaths` names the long ones first, so that
+    # all end together.
+    ["pytest", "-q", "-n", "3", "--dist", "worksteal"],
 )
 
 

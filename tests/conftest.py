@@ -1,5 +1,8 @@
 """Options of the whole suite."""
 
+from functools import cache
+
+import botocore.loaders
 from hypothesis import HealthCheck, settings
 
 # The same examples in every run, and no complaint about a slow machine: a test that fails, fails for a reason.
@@ -7,6 +10,9 @@ settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 settings.load_profile("repeatable")
+
+# Most tests have sessions of their own; the descriptions of AWS's services, which never change, are parsed once.
+botocore.loaders.create_loader = cache(botocore.loaders.create_loader)
 
 
 def pytest_addoption(parser):

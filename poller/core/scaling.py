@@ -11,6 +11,7 @@ _THROTTLE = 0.5  # what a throttle leaves of the loops
 # clock (epoch seconds as floats are a quarter of a microsecond apart), or `grows_at` comes too early and then is "now".
 _ROUNDING = 1e-3
 _CUT_PAUSE = 1.0  # throttles of loops that ran at the same time are one piece of news
+_LONGEST_STEP = 1.0  # seconds that growth is counted for without a look, unless the next loop takes longer
 
 
 class Scaling:
@@ -21,6 +22,8 @@ class Scaling:
     health, 1 at most, falls with each failed batch and rises with each successful one: so it follows the share of
     failures, and a few of them in many batches cost nothing.
     The limit is never below 1 and `floor`, never above `ceiling`.
+    A process that did not run for a while (SIGSTOP, a suspended machine) has not grown: nobody has looked at the limit,
+    as is done at each reply and when `grows_at` says so. All that time at once would have been a thousand loops.
     """
 
     def __init__(self, lowest: int, ceiling: int, growth: float) -> None:
@@ -39,18 +42,28 @@ class Scaling:
     def limit(self, now: float) -> int:
         """Loops that there may be."""
         self._grow(now)
+        return self._bounded()
+
+    def _bounded(self) -> int:
         return min(self._ceiling, max(self._lowest, floor(self._level * self._health + _ROUNDING)))
 
     def grows_at(self, now: float) -> float:
         """When the limit is higher by one, if nothing happens until then; inf: never."""
-        wanted = (self.limit(now) + 1) / self._health
-        if self._grown_to == inf or wanted > self._ceiling:
+        self._grow(now)
+        higher = self._higher()
+        if self._grown_to == inf or higher > self._ceiling:
             return inf
-        return now + (wanted - self._level) / self._growth
+        return now + (higher - self._level) / self._growth
+
+    def _higher(self) -> float:
+        """The level at which the limit is higher by one."""
+        return (self._bounded() + 1) / self._health
 
     def _grow(self, now: float) -> None:
         if self._grown_to < now:
-            self._level = min(float(self._ceiling), self._level + (now - self._grown_to) * self._growth)
+            most = max(_LONGEST_STEP * self._growth, self._higher() - self._level)
+            grown = min(most, (now - self._grown_to) * self._growth)
+            self._level = min(float(self._ceiling), self._level + grown)
             self._grown_to = now
 
     def received(self, *, is_full: bool, loops: int, now: float) -> None:

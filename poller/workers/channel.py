@@ -36,8 +36,8 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """To the parent: the worker listens."""
+class Ready:
+    """To the parent: the worker listens; and again for each `Changed`, once it runs what that says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Back:
     loan: int
 
 
-Message: TypeAlias = Begin | Changed | Stop | Started | Take | Granted | Back
+Message: TypeAlias = Begin | Changed | Stop | Ready | Take | Granted | Back
 
 
 class Channel:

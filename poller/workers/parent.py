@@ -30,7 +30,7 @@ from poller.settings import Settings
 from poller.stores import open_store
 from poller.stores.sqlite import SqliteStore
 from poller.telemetry import Metrics
-from poller.workers.channel import Back, Begin, Changed, Channel, Granted, Message, Started, Stop, Take
+from poller.workers.channel import Back, Begin, Changed, Channel, Granted, Message, Ready, Stop, Take
 from poller.workers.pool import Pool
 
 _log = structlog.get_logger(__name__)
@@ -49,8 +49,8 @@ class Parent:
         self._count = count
         self._channels: dict[int, Channel] = {}
         self._processes: dict[int, asyncio.subprocess.Process] = {}
-        self._started: set[int] = set()  # workers that were up once
-        self._are_started = asyncio.Event()  # all of them
+        self._owing: dict[int, int] = {}  # how often each worker will say that it is ready: for its start, each change
+        self._are_started = asyncio.Event()  # all of them were up at once
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self.is_late = False  # as of `Daemon`
@@ -112,6 +112,7 @@ class Parent:
         stack.push_async_callback(server.stop)
         self.port = await server.start()
         for number in range(self._count):
+            self._owes(number, 1)
             await self._announce(number, 1)
         async with asyncio.TaskGroup() as tasks:
             keepers = [tasks.create_task(self._keep(number)) for number in range(self._count)]
@@ -120,7 +121,6 @@ class Parent:
                 tasks.create_task(self._follow(file)),
                 tasks.create_task(self._refresh()),
                 tasks.create_task(server.run()),
-                tasks.create_task(self._say_started(settings)),
                 tasks.create_task(self._keep_time(clock)),
             ]
             await self._stop.wait()
@@ -164,11 +164,14 @@ class Parent:
             await self._remote.refresh()
 
     async def _follow(self, file: ConfigFile) -> None:
+        """Once all workers are up: a reload that ends before they are would pass for the end of the start."""
+        await self._say_started(self.settings)
         while True:
             self.settings = await file.changed()
             self._server.renew()
             for number in self._channels:
                 self._tell(number, Changed(self._stamped()))
+                self._owes(number, self._owing[number] + 1)
             _log.info("config_reloaded", config=self.settings.path, mappings=len(self.settings.mappings))
             self._notifier.ready()
 
@@ -179,6 +182,14 @@ class Parent:
         if not self._is_owner:
             return self.settings
         return replace(self.settings, stamp=(round(self._clock.now() * 1e9), 0, 0))
+
+    def _owes(self, number: int, answers: int) -> None:
+        """The service manager hears that we are ready when all workers are, under what they were told last."""
+        self._owing[number] = answers
+        is_behind = any(self._owing.values())
+        if not is_behind:
+            self._are_started.set()
+        self._notifier.behind(is_behind=is_behind)
 
     def _tell(self, number: int, message: Message) -> None:
         if channel := self._channels.get(number):
@@ -219,6 +230,7 @@ class Parent:
                 reason = _why(code)
             except OSError as error:  # no processes or descriptors are left
                 code, reason = 1, f"it cannot be started: {error}"
+            self._owes(number, 1)  # in its next life
             await self._remote.down(number, reason)
             self._pool.gone(number)
             if self._stop.is_set():
@@ -285,13 +297,14 @@ class Parent:
         return code
 
     async def _listen(self, number: int, channel: Channel, path: str) -> None:
+        is_up = False
         while (message := await channel.receive()) is not None:
             match message:
-                case Started():
-                    await self._remote.up(number, path)
-                    self._started.add(number)
-                    if len(self._started) == self._count:
-                        self._are_started.set()
+                case Ready():
+                    if not is_up:
+                        await self._remote.up(number, path)
+                        is_up = True
+                    self._owes(number, self._owing[number] - 1)
                 case Take(loan=loan, function=function, limit=limit):
                     self._pool.take((number, loan), function, limit)
                 case Back(loan=loan):

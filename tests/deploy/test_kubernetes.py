@@ -502,11 +502,26 @@ config uses ${SECRET} and nothing sets it; add it to secretEnv or env."""
         ("dynamodb://${TABLE}", "config.store has a ${...} in it, and the chart must know the store; write it out."),
         ("sqlite:./poller.db", 'config.store "sqlite:./poller.db" is not a store for a pod;'),
         ("postgres://db", 'config.store "postgres://db" is not a store for a pod;'),
+        ("sqlite:///var/lib/poller/../../../etc/poller.db", "is not on the volume, so positions would be lost"),
+        ("sqlite:///var/lib/poller/x/../../poller.db", "is not on the volume, so positions would be lost"),
+        ("sqlite:///var/lib/poller/..", "is not on the volume, so positions would be lost"),
     ],
 )
 def test_the_store_must_be_one_that_the_chart_can_place(helm, store, said):
     """It decides between a volume and a fleet."""
     assert said in helm.refusal({"config": {"store": store}, "env": [{"name": "TABLE", "value": "x"}]})
+
+
+@pytest.mark.parametrize(
+    ("store", "mount"),
+    [
+        ("sqlite:///var/lib/poller/a/b/../poller.db", "/var/lib/poller"),
+        ("sqlite:///data/poller.db", "/var/../data"),
+    ],
+)
+def test_a_path_that_stays_on_the_volume_is_taken(helm, store, mount):
+    """However it is written: what it means counts, of the volume's folder too."""
+    helm.workload({"config": {"store": store}, "persistence": {"mountPath": mount}})
 
 
 def test_a_config_that_no_configmap_takes_is_refused(helm):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 
 SLACK = 1.5  # on top of the checkpoint interval: a busy machine, a commit under way
 VISIBILITY = (
-    10  # long enough for a starved machine to extend in time: an expired message is delivered twice without a crash
+    20  # long enough for a starved machine to extend in time: an expired message is delivered twice without a crash
 )
 
 

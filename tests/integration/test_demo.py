@@ -120,6 +120,8 @@ def wait_refused(url: str) -> None:
             socket.create_connection(address, timeout=5).close()
         except ConnectionRefusedError:
             return
+        except ConnectionResetError:  # it closes at this moment
+            pass
         time.sleep(0.05)
     raise AssertionError(f"{url} is still served")
 

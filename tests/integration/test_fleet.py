@@ -42,9 +42,17 @@ def store_at(emulator: str) -> str:
     return emulators.running.__wrapped__(emulator)
 
 
-@pytest.fixture(params=["ministack", "roto"])
+def on(emulator: str) -> pytest.MarkDecorator:
+    """A test whose fleet has its store there, and with --soak on the other one too: that the stores are alike is for
+    `tests/contract` to say.
+    """
+    other = {"ministack": "roto", "roto": "ministack"}[emulator]
+    return pytest.mark.parametrize("open_fleet", [emulator, pytest.param(other, marks=pytest.mark.soak)], indirect=True)
+
+
+@pytest.fixture
 async def open_fleet(request, account, tmp_path) -> AsyncIterator[Open]:
-    """Makes a fleet over MiniStack's Kinesis and the store of either emulator; nobody is started."""
+    """Makes a fleet over MiniStack's Kinesis and the store of the test's emulator; nobody is started."""
     async with AsyncExitStack() as stack:
         aws = Aws(emulators.running("ministack"), account)
 
@@ -84,6 +92,7 @@ def has_moved(fleet: Fleet, name: str, shards: list[str]) -> Callable[[], bool]:
     return lambda: not any(fleet.target.shards[shard][-1][1] == name for shard in shards)
 
 
+@on("ministack")
 async def test_a_rolling_restart_redelivers_nothing(open_fleet) -> None:
     """All three follow one another under load: each record once, in order, no shard without work for long."""
     fleet = await running(open_fleet, 5.0)
@@ -102,6 +111,7 @@ async def test_a_rolling_restart_redelivers_nothing(open_fleet) -> None:
     print(spoken(fleet.gaps(began, ended)))
 
 
+@on("roto")
 async def test_a_daemon_more_takes_its_share_and_nothing_comes_again(open_fleet) -> None:
     """From one to two and to three: the owner lets what is in flight end, then hands over."""
     fleet = await running(open_fleet, 5.0, 1)
@@ -117,6 +127,7 @@ async def test_a_daemon_more_takes_its_share_and_nothing_comes_again(open_fleet)
     print(f"; even again after {spoken(times)}")
 
 
+@on("ministack")
 async def test_what_a_killed_daemon_had_is_taken(open_fleet) -> None:
     """Within two durations; again comes only what was in flight or newer than the last checkpoint."""
     lease = 2.0
@@ -135,6 +146,7 @@ async def test_what_a_killed_daemon_had_is_taken(open_fleet) -> None:
     print(f"; failover {spoken(times)}")
 
 
+@on("roto")
 async def test_a_suspended_daemon_comes_back_as_another(open_fleet) -> None:
     """Its shards are taken, it does nothing under its old leases, and it takes a share again."""
     lease = 2.0
@@ -155,6 +167,7 @@ async def test_a_suspended_daemon_comes_back_as_another(open_fleet) -> None:
     print(f"; failover {spoken(fleet.failovers(span, shards))}, {fleet.target.beside_paused} beside its open requests")
 
 
+@on("ministack")
 async def test_a_store_that_is_away_stops_the_fleet_and_it_goes_on(open_fleet) -> None:
     """Longer than a lease: all give up what they hold, late writes change nothing, and every process lives on."""
     lease = 2.0
@@ -179,6 +192,7 @@ async def test_a_store_that_is_away_stops_the_fleet_and_it_goes_on(open_fleet) -
     print(f"; away for {span.ends - span.begins:.1f} s, shards without work {spoken(fleet.gaps(span.begins, ended))}")
 
 
+@on("roto")
 async def test_a_queue_has_its_limit_in_the_whole_fleet(open_fleet) -> None:
     """MaximumConcurrency holds for all daemons together, and each message is delivered once."""
     fleet = await open_fleet(3.0)
@@ -249,6 +263,7 @@ async def test_children_follow_their_parents_across_daemons(fake_aws, account, l
     print(f"\n{total} records, {len(fake_aws.shards(table.arn))} shards, {again} delivered again")
 
 
+@on("ministack")
 @pytest.mark.soak
 async def test_ten_minutes_of_kills_pauses_and_stops(open_fleet, request) -> None:
     """Nothing lost, no key out of order, each redelivery has its cause, an even spread in the end."""

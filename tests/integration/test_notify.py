@@ -21,6 +21,9 @@ WATCHDOG = 0.2
 SABOTAGE = """
 import asyncio, gc, os, signal, sys, time
 
+while "poller.workers" in sys.orig_argv and os.path.exists(HOLD):
+    time.sleep(0.01)
+
 def hang(*_):
     time.sleep(3600)
 
@@ -69,10 +72,15 @@ class Manager(asyncio.DatagramProtocol):
         return True
 
 
+def hold_of(daemon: Daemon) -> Path:
+    """While this file is there workers do not start."""
+    return daemon.folder / "hold"
+
+
 @asynccontextmanager
 async def listening(daemon: Daemon, name: str) -> AsyncIterator[Manager]:
     """A manager of this daemon, which can be sabotaged."""
-    (daemon.folder / "sitecustomize.py").write_text(SABOTAGE)
+    (daemon.folder / "sitecustomize.py").write_text(f"HOLD = {str(hold_of(daemon))!r}\n{SABOTAGE}")
     kernel_name = f"\0{name[1:]}" if name.startswith("@") else name
     transport, manager = await asyncio.get_running_loop().create_datagram_endpoint(
         Manager, local_addr=kernel_name, family=socket.AF_UNIX
@@ -152,10 +160,21 @@ async def test_no_beats_while_the_loop_hangs(daemon, tmp_path) -> None:
 
 
 async def test_the_parent_speaks_for_its_workers(daemon, tmp_path) -> None:
-    """Ready when all of them are; no beats when a worker's mapping has died; they cannot speak themselves."""
+    """Ready when all of them are, under the config that there is then; no beats when a worker's mapping has died; they
+    cannot speak themselves.
+    """
     daemon.arguments = ["--workers", "2"]
+    hold_of(daemon).touch()
     async with listening(daemon, str(tmp_path / "notify")) as manager:
-        await daemon.start()
+        await daemon.start(wait=False)
+        await daemon.until_logged("server_started")
+        await manager.until("EXTEND_TIMEOUT_USEC=")
+        daemon.send(signal.SIGHUP)
+        await manager.until("EXTEND_TIMEOUT_USEC=")
+        assert not {"READY=1", "RELOADING=1"} & set(manager.fields)
+        hold_of(daemon).unlink()
+        await manager.until("READY=1")
+        await manager.until("RELOADING=1")
         await manager.until("READY=1")
         pids = [entry["pid"] for entry in daemon.events("worker_started")]
         assert len(pids) == 2
@@ -164,8 +183,17 @@ async def test_the_parent_speaks_for_its_workers(daemon, tmp_path) -> None:
             assert b"PATH" in names
             assert not names & {b"NOTIFY_SOCKET", b"WATCHDOG_USEC", b"WATCHDOG_PID"}
         await manager.until("WATCHDOG=1")
+        os.kill(pids[0], signal.SIGSTOP)
         daemon.send(signal.SIGHUP)
         await manager.until("RELOADING=1")
+        async with asyncio.timeout(20):
+            while sum("worker" not in entry for entry in daemon.events("config_reloaded")) < 2:
+                daemon.log_changed.clear()
+                await daemon.log_changed.wait()
+        manager.fields.clear()
+        await manager.until("EXTEND_TIMEOUT_USEC=", 2.0)  # it still reloads
+        assert "READY=1" not in manager.fields
+        os.kill(pids[0], signal.SIGCONT)
         await manager.until("READY=1")
         worker = (await daemon.until_logged("mapping_problem"))["worker"]  # its task is at work
         [pid] = [entry["pid"] for entry in daemon.events("worker_started") if entry["worker"] == worker]

@@ -97,6 +97,35 @@ def status(fields: list[str]) -> str:
     return line
 
 
+def test_ready_is_said_once_the_workers_are(manager) -> None:
+    """Those that come up again later are no news; a reload ends with the last of them, a refused one too."""
+
+    async def live() -> None:
+        teller = notifier(manager)
+        teller.behind(is_behind=True)
+        teller.ready()
+        assert manager.heard() == []
+        teller.behind(is_behind=False)
+        assert manager.heard() == [["READY=1"]]
+        teller.behind(is_behind=True)
+        teller.behind(is_behind=False)
+        assert manager.heard() == []
+        for refused in (False, True):
+            teller.behind(is_behind=True)
+            teller.reloading()
+            teller.ready(refused=refused)
+            assert [fields[0] for fields in manager.heard()] == ["RELOADING=1"]
+            teller.behind(is_behind=False)
+            assert manager.heard() == [["READY=1"]]
+        teller.behind(is_behind=True)
+        teller.ready()
+        teller.reloading()
+        teller.behind(is_behind=False)
+        assert "READY=1" not in manager.fields()
+
+    run_virtual(live())
+
+
 def test_a_life(manager) -> None:
     """Each phase is told at once, with the line that belongs to it; only while it runs is no more time asked for."""
 

@@ -11,13 +11,20 @@ from poller.core.scaling import INITIAL, Scaling
 EPOCH = 1_800_000_000.0  # floats are a quarter of a microsecond apart there
 
 
+def after(scaling: Scaling, seconds: float, now: float) -> int:
+    """The limit so much later, looked at as often as loops do that are busy."""
+    for tenth in range(int(seconds * 10)):
+        scaling.limit(now + tenth / 10)
+    return scaling.limit(now + seconds)
+
+
 def grown(level: int, *, ceiling: int = 1250) -> tuple[Scaling, float]:
     """A scaling that has grown to a level at 5 loops a second and grows no more, and the time."""
     scaling = Scaling(1, ceiling, 300)
     now = EPOCH + (level - INITIAL) / 5
     scaling.received(is_full=True, loops=10_000, now=EPOCH)
+    assert after(scaling, now - EPOCH, EPOCH) == level
     scaling.received(is_full=False, loops=10_000, now=now)
-    assert scaling.limit(now) == level
     return scaling, now
 
 
@@ -42,7 +49,7 @@ def test_it_grows_by_the_rate_while_replies_are_full() -> None:
     assert scaling.limit(EPOCH + 0.2) == 6
     scaling.received(is_full=True, loops=10_000, now=EPOCH + 0.9)
     assert scaling.limit(EPOCH + 1) == 10
-    assert scaling.limit(EPOCH + 60) == 305
+    assert after(scaling, 59, EPOCH + 1) == 305
 
 
 def test_it_stops_growing_with_a_reply_that_is_not_full_and_keeps_what_it_has() -> None:
@@ -119,8 +126,8 @@ def test_a_throttle_cuts_what_has_grown_until_then() -> None:
     """Growth since the last look counts first."""
     scaling = Scaling(1, 1250, 300)
     scaling.received(is_full=True, loops=10_000, now=EPOCH)
-    scaling.throttled(55, EPOCH + 10)
-    assert scaling.limit(EPOCH + 10) == 27
+    scaling.throttled(10, EPOCH + 1)
+    assert scaling.limit(EPOCH + 1) == 5
 
 
 def test_successes_bring_the_first_five_back() -> None:
@@ -196,7 +203,7 @@ def test_a_new_beginning() -> None:
     """Five loops and no growth, as at the start; a level that is lower stays."""
     scaling = Scaling(1, 1250, 300)
     scaling.received(is_full=True, loops=10_000, now=EPOCH)
-    assert scaling.limit(EPOCH + 10) == 55
+    assert after(scaling, 10, EPOCH) == 55
     scaling.reset()
     assert scaling.limit(EPOCH + 20) == 5
     scaling.throttled(5, EPOCH + 20)
@@ -337,6 +344,26 @@ def test_a_limit_that_nobody_reaches_does_not_grow() -> None:
     scaling.received(is_full=True, loops=3, now=EPOCH)
     assert scaling.limit(EPOCH + 60) == 5
     scaling.received(is_full=True, loops=4, now=EPOCH + 60)  # the fifth is on its way
-    assert scaling.limit(EPOCH + 70) == 55
+    assert after(scaling, 10, EPOCH + 60) == 55
     scaling.received(is_full=True, loops=20, now=EPOCH + 70)
     assert scaling.limit(EPOCH + 600) == 55
+
+
+@pytest.mark.parametrize(("growth", "most"), [(300, 10), (1, 6), (10_000, 171)])
+def test_time_that_passed_while_nobody_looked_is_no_growth(growth: int, most: int) -> None:
+    """After a SIGSTOP or a suspended machine: a second's growth or one loop, not up to the ceiling; then on as before."""
+    scaling = Scaling(1, 20_000, growth)
+    scaling.received(is_full=True, loops=5, now=EPOCH)
+    woken = EPOCH + 8 * 3600
+    assert scaling.limit(woken) == most
+    assert scaling.limit(woken) == most
+    assert after(scaling, 60, woken) == pytest.approx(most + growth, abs=1)
+
+
+def test_a_loop_that_takes_long_to_come_does_come() -> None:
+    """With one loop a minute nobody looks for a minute; it is there when it was said to be."""
+    scaling = Scaling(1, 100, 1)
+    scaling.received(is_full=True, loops=5, now=EPOCH)
+    assert scaling.grows_at(EPOCH) == pytest.approx(EPOCH + 60)
+    assert scaling.limit(EPOCH + 59) == 5
+    assert scaling.limit(EPOCH + 60) == 6

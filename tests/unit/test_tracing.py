@@ -476,6 +476,29 @@ async def test_what_is_left_is_sent_at_the_end(receiver, monkeypatch, logs, path
     assert not [line for line in logs.lines if "s3cret" in str(line) or "k3y" in str(line)]
 
 
+@pytest.mark.parametrize("given", ["", "authorization=Bearer t0ken"])
+async def test_the_netrc_is_not_read(receiver, environment, tmp_path, given) -> None:
+    """What it has for the host is not for whoever receives traces there; what was given for them is sent."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login a password s3cret\ndefault login b password s3cret\n")
+    environment.setenv("HOME", str(tmp_path))
+    environment.delenv("NETRC", raising=False)
+    environment.setenv("OTEL_EXPORTER_OTLP_HEADERS", given)
+    async with tracing(TracingSettings(receiver.url)) as tracers:
+        end_one(tracers(mapping_of(SourceKind.SQS), HTTP))
+    [(_, headers, _)] = receiver.seen
+    sent = [value for name, value in headers.items() if name.lower() == "authorization"]
+    assert sent == ([given.partition("=")[2]] if given else [])
+
+
+async def test_the_proxy_of_the_environment_is_used(receiver, environment) -> None:
+    """A receiver of traces may be beyond one."""
+    environment.delenv("NO_PROXY")
+    environment.setenv("http_proxy", receiver.url)
+    async with tracing(TracingSettings("http://traces.example")) as tracers:
+        end_one(tracers(mapping_of(SourceKind.SQS), HTTP))
+    assert [path for path, _, _ in receiver.seen] == ["http://traces.example/v1/traces"]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("OTEL_SERVICE_NAME", "mine"), ("OTEL_RESOURCE_ATTRIBUTES", "service.name=mine,service.version=7")],
