@@ -225,7 +225,8 @@ class QueueRunner:
             await loop.run()
         finally:
             del self._loops[loop]
-            if loop.phase is not Phase.DELIVERING:
+            # The others would pile up here, and loops come and go with every batch.
+            if loop.held and loop.phase is not Phase.DELIVERING:
                 self._left.append(loop)
 
     async def _return(self) -> None:

@@ -24,11 +24,13 @@ class FakeQueue:
     """`QueueSource`. `trouble()` may raise before each call; messages of a group are given in order, one batch at a time.
 
     `limit`: maxReceiveCount; a message that was received so often is dead at the next receive. `deaf`: extensions fail.
+    `answering`: seconds that the answer to a change travels after the change was made.
     """
 
     def __init__(self, clock, visibility: float = 30.0, *, fifo: bool = False, limit: int | None = None) -> None:
         self.limit = limit
         self.deaf = lambda: False
+        self.answering = 0.0
         self.extensions: list[tuple[float, int, float]] = []
         self.deletes: list[tuple[float, int]] = []
         self.clock = clock
@@ -117,6 +119,7 @@ class FakeQueue:
             else:
                 left.append(record)
         self._tell()
+        await asyncio.sleep(self.answering)
         return left
 
     async def extend(self, records, seconds: float) -> list[Record]:
@@ -134,6 +137,7 @@ class FakeQueue:
             else:
                 left.append(record)
         self._tell()
+        await asyncio.sleep(self.answering)
         return left
 
     async def close(self) -> None:

@@ -1,6 +1,7 @@
 """One queue's runner on virtual time: outcomes, windows, capacity, stops; then seeded worlds."""
 
 import asyncio
+import gc
 import json
 import random
 from collections import Counter
@@ -30,6 +31,7 @@ from poller.runtime.checkpointer import Checkpointer
 from poller.runtime.context import Context, LastResult, Pipe
 from poller.runtime.gate import ByteBudget, Gate
 from poller.runtime.queue_runner import QueueRunner
+from poller.runtime.receive_loop import ReceiveLoop
 from poller.stores.memory import MemoryStore
 from tests.fakes.leases import alone
 from tests.fakes.observer import CountingObserver
@@ -580,6 +582,26 @@ def test_memory_is_bounded() -> None:
     run(main)
 
 
+def test_ended_loops_leave_nothing_behind() -> None:
+    """Loops come and go with every batch; one that has ended, and holds nothing, is forgotten."""
+
+    async def main():
+        setup = Setup(Target(seconds=0.3), size=1)
+        before = sum(isinstance(one, ReceiveLoop) for one in gc.get_objects())
+        task = asyncio.ensure_future(setup.runner.run())
+        for _ in range(200):
+            setup.queue.send("a", "b")
+            await asyncio.sleep(1)
+        assert len(setup.target.batches) == 400
+        await asyncio.sleep(60)  # the last long polls end
+        gc.collect()
+        assert sum(isinstance(one, ReceiveLoop) for one in gc.get_objects()) - before < 10
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
 def test_small_batches_share_their_deletes() -> None:
     """Ten loops with one message each need far fewer calls than messages."""
 
@@ -688,6 +710,37 @@ def test_fifo_gives_the_rest_back_after_a_failure() -> None:
         assert setup.target.ids()[1:] == [["m0", "m1"], ["m2"]]
         setup.runner.stop()
         await task
+
+    run(main)
+
+
+@pytest.mark.parametrize("trouble", ["none", "item", "rest"])
+def test_the_next_of_a_group_is_not_left_alone_because_an_answer_of_the_queue_is_on_its_way(trouble: str) -> None:
+    """The queue gives it out the moment it has deleted, delayed or taken back what came before it: another loop may have
+    it before that answer is here. Left to wait for its visibility, the group would stand still, at each message.
+    """
+
+    async def main():
+        failing = {"m1"} - ({"m1"} if trouble == "none" else set())
+        queue = FakeQueue(VirtualClock(asyncio.get_running_loop()), 600.0, fifo=True)
+        queue.answering = 0.05
+        delays = {"batchItemFailures": [{"itemIdentifier": "m1", "delaySeconds": 0}]}
+
+        def answer(ids):
+            if not failing & set(ids):
+                return OK
+            failing.clear()
+            return Reply(ReplyStatus.OK, json.dumps(delays).encode())
+
+        more = {"max_bytes": 2500} if trouble == "rest" else {"size": 1}
+        setup = Setup(Target(answer, seconds=0.0), queue=queue, fifo=True, report=True, **more)
+        queue.send(*["x" * 1000] * 5, group="g")
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(5)
+        setup.runner.stop()
+        await task
+        assert not queue.left(), queue.left()
+        assert [m.id for m in queue.messages if m.receives > (1 if trouble == "none" else 2)] == []
 
     run(main)
 
@@ -915,6 +968,7 @@ async def queue_world(seed: int) -> int:
     fifo = rng.random() < 0.5
     limit = rng.choice([None, None, 4])
     queue = FakeQueue(clock, visibility=rng.choice([2.0, 5.0, 30.0]), fifo=fifo, limit=limit)
+    queue.answering = random.Random(f"{seed} answering").choice([0.0, 0.03])
     rates = rng.choice([(0.0, 0.0, 0.0), (0.1, 0.05, 0.0), (0.3, 0.2, 0.0), (0.1, 0.1, 0.2)])
     is_healed = False
     succeeded: dict[str, float] = {}
