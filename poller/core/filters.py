@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias, TypedDict
 
 import msgspec
 
+from poller.core.filtercode import ABSENT, NO, NOTHING, PAYLOADS, UNUSUAL, YES, Decider, decider
 from poller.core.model import Record, SourceKind
 
 MAX_PATTERNS = 10  # of one mapping
@@ -72,8 +73,19 @@ class Decision(NamedTuple):
 
 # --- rules ----------------------------------------------------------------------------------------------------------
 
-_Test: TypeAlias = Callable[[Any], bool]  # of a value that is neither object nor array
-_Rule: TypeAlias = tuple[str, _Test | None]  # its JSON; None for "exists": false, which no value passes
+
+class Test(NamedTuple):
+    """One rule. `accepts`: of a value that is neither object nor array. `on_text`, `on_number`: the same as source, for
+    `filtercode`: a condition on `v`, of that type, with `{0}`, `{1}` for the operands; without one `accepts` is called.
+    """
+
+    accepts: Callable[[Any], bool]
+    on_text: str = "{accepts}(v)"
+    on_number: str = "{accepts}(v)"
+    operands: tuple[Any, ...] = ()
+
+
+_Rule: TypeAlias = tuple[str, Test | None]  # its JSON; None for "exists": false, which no value passes
 
 _OPERATORS = (
     "anything-but",
@@ -88,6 +100,7 @@ _OPERATORS = (
 _COMPARISONS = ("=", "<", "<=", ">", ">=")
 _RESERVED_IN_OR = frozenset(_OPERATORS + _COMPARISONS)
 _LARGEST = sys.float_info.max  # an integer in JSON may be larger, and is no float then
+_MOST_DIGITS = 640  # of an integer that Python reads under any setting
 _LONGEST_ADDRESS = 45  # characters of an IPv6 address that ends in an IPv4 one
 
 
@@ -101,7 +114,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _constant(value: Any) -> _Test:
+def _constant(value: Any) -> Callable[[Any], bool]:
     """Equal in type and value; numbers by value, so 300 is 300.0."""
     if isinstance(value, bool) or value is None:
         return lambda found: found is value
@@ -110,37 +123,62 @@ def _constant(value: Any) -> _Test:
     return lambda found: type(found) is not bool and found == value
 
 
-def _prefix(text: str) -> _Test:
-    return lambda found: type(found) is str and found.startswith(text)
+def _plain(value: Any) -> Test:
+    return Test(_constant(value), "v == {0}", "v == {0}", (value,))
 
 
-def _suffix(text: str) -> _Test:
-    return lambda found: type(found) is str and found.endswith(text)
+def _prefix(text: str) -> Test:
+    return Test(lambda found: type(found) is str and found.startswith(text), "v.startswith({0})", "False", (text,))
 
 
-def _folded(text: str) -> _Test:
+def _suffix(text: str) -> Test:
+    return Test(lambda found: type(found) is str and found.endswith(text), "v.endswith({0})", "False", (text,))
+
+
+def _folded(text: str) -> Test:
     wanted = text.casefold()
-    return lambda found: type(found) is str and found.casefold() == wanted
+    return Test(
+        lambda found: type(found) is str and found.casefold() == wanted, "v.casefold() == {0}", "False", (wanted,)
+    )
 
 
-def _folded_prefix(text: str) -> _Test:
+def _folded_prefix(text: str) -> Test:
     wanted = text.casefold()
-    return lambda found: type(found) is str and found.casefold().startswith(wanted)
+    return Test(
+        lambda found: type(found) is str and found.casefold().startswith(wanted),
+        "v.casefold().startswith({0})",
+        "False",
+        (wanted,),
+    )
 
 
-def _folded_suffix(text: str) -> _Test:
+def _folded_suffix(text: str) -> Test:
     wanted = text.casefold()
-    return lambda found: type(found) is str and found.casefold().endswith(wanted)
+    return Test(
+        lambda found: type(found) is str and found.casefold().endswith(wanted),
+        "v.casefold().endswith({0})",
+        "False",
+        (wanted,),
+    )
 
 
-def _none_of(tests: Sequence[_Test]) -> _Test:
-    return lambda found: not any(test(found) for test in tests)
+def _none_of(tests: Sequence[Test]) -> Test:
+    """`tests`: all on texts, or all on numbers."""
+    accepts = [test.accepts for test in tests]
+    return Test(lambda found: not any(test(found) for test in accepts))
 
 
-def _wildcard(parts: Sequence[str]) -> _Test:
+def _no_constant(values: Sequence[Any]) -> Test:
+    tests = list(map(_constant, values))
+    return Test(
+        lambda found: not any(test(found) for test in tests), "v not in {0}", "v not in {0}", (frozenset(values),)
+    )
+
+
+def _wildcard(parts: Sequence[str]) -> Test:
     """`parts`: the texts between the asterisks. Each is looked for once, from where the one before it ended."""
     if len(parts) == 1:
-        return _constant(parts[0])
+        return _plain(parts[0])
     first, *middle, last = parts
 
     def test(found: Any) -> bool:
@@ -154,20 +192,21 @@ def _wildcard(parts: Sequence[str]) -> _Test:
             at += len(part)
         return at <= end and found.endswith(last)
 
-    return test
+    return Test(test, "{1} in v and v.startswith({0}) and {accepts}(v)", "False", (first, last))
 
 
-def _in_range(low: float, low_open: bool, high: float, high_open: bool) -> _Test:
+def _in_range(low: float, low_open: bool, high: float, high_open: bool) -> Test:
     def test(found: Any) -> bool:
         if type(found) is not int and type(found) is not float:
             return False
         above = found > low if low_open else found >= low
         return above and (found < high if high_open else found <= high)
 
-    return test
+    within = f"{{0}} {'<' if low_open else '<='} v {'<' if high_open else '<='} {{1}}"
+    return Test(test, "False", within, (low, high))
 
 
-def _in_network(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> _Test:
+def _in_network(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> Test:
     def test(found: Any) -> bool:
         if type(found) is not str or len(found) > _LONGEST_ADDRESS or "%" in found:
             return False
@@ -176,7 +215,7 @@ def _in_network(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> _Test
         except ValueError:
             return False
 
-    return test
+    return Test(test, on_number="False")
 
 
 def _refuse(place: str, reason: str) -> NoReturn:
@@ -213,7 +252,7 @@ def _rule(value: Any, place: str) -> _Rule:
     if not isinstance(value, _Object):
         if _is_number(value) and not -_LARGEST <= value <= _LARGEST:
             _refuse(place, "the number is too large")
-        return _shown(value), _constant(value)
+        return _shown(value), _plain(value)
     name, operand = _operand(value, place)
     if name not in _OPERATORS:
         _unknown(name, _OPERATORS, place)
@@ -221,7 +260,7 @@ def _rule(value: Any, place: str) -> _Rule:
     return _shown(value), test
 
 
-def _operator(name: str, operand: Any, place: str) -> _Test | None:
+def _operator(name: str, operand: Any, place: str) -> Test | None:
     match name:
         case "prefix" | "suffix":
             plain, folded = (_prefix, _folded_prefix) if name == "prefix" else (_suffix, _folded_suffix)
@@ -242,13 +281,13 @@ def _operator(name: str, operand: Any, place: str) -> _Test | None:
         case "exists":
             if not isinstance(operand, bool):
                 _refuse(place, f"the value is {_kind(operand)}; give true or false")
-            return (lambda _: True) if operand else None
+            return Test(lambda _: True, "True", "True") if operand else None
         case _:
-            return _none_of(_excluded(operand, place))
+            return _excluded(operand, place)
 
 
-def _excluded(operand: Any, place: str) -> list[_Test]:
-    """What anything-but excludes."""
+def _excluded(operand: Any, place: str) -> Test:
+    """Anything but that."""
     if isinstance(operand, _Object):
         name, inner = _operand(operand, place)
         inner_place = f"{place}.{name}"
@@ -257,13 +296,13 @@ def _excluded(operand: Any, place: str) -> list[_Test]:
             _refuse(inner_place, "the list is empty; give at least one text")
         match name:
             case "prefix":
-                return [_prefix(_text(item, inner_place, empty=False)) for item in items]
+                return _none_of([_prefix(_text(item, inner_place, empty=False)) for item in items])
             case "suffix":
-                return [_suffix(_text(item, inner_place, empty=False)) for item in items]
+                return _none_of([_suffix(_text(item, inner_place, empty=False)) for item in items])
             case "equals-ignore-case":
-                return [_folded(_text(item, inner_place)) for item in items]
+                return _none_of([_folded(_text(item, inner_place)) for item in items])
             case "wildcard":
-                return [_wildcard(_wildcard_parts(item, inner_place)) for item in items]
+                return _none_of([_wildcard(_wildcard_parts(item, inner_place)) for item in items])
             case _:
                 _unknown(name, ("equals-ignore-case", "prefix", "suffix", "wildcard"), place)
     items = operand if isinstance(operand, list) else [operand]
@@ -274,7 +313,7 @@ def _excluded(operand: Any, place: str) -> list[_Test]:
             _refuse(place, f"it holds {_kind(item)}; only texts, or only numbers, can be excluded")
     if len({isinstance(item, str) for item in items}) > 1:
         _refuse(place, "it mixes texts and numbers; give only texts or only numbers")
-    return [_constant(item) for item in items]
+    return _no_constant(items)
 
 
 def _wildcard_parts(operand: Any, place: str) -> list[str]:
@@ -309,7 +348,7 @@ def _network(operand: Any, place: str) -> ipaddress.IPv4Network | ipaddress.IPv6
     _refuse(place, "it is no address range; give one such as 10.0.0.0/24 or 2001:db8::/32")
 
 
-def _numeric(operand: Any, place: str) -> _Test:
+def _numeric(operand: Any, place: str) -> Test:
     if not isinstance(operand, list) or len(operand) not in (2, 4):
         _refuse(place, 'give a list such as ["=", 5], [">", 0] or [">", 0, "<=", 5]')
     for at, item in enumerate(operand):
@@ -366,7 +405,7 @@ def _shown(value: Any) -> str:
 class _Draft:
     """A node while the pattern is read: rule lists of the field itself, fields below it, alternatives of each $or."""
 
-    rules: list["_Rules"] = field(default_factory=list)
+    rules: list["Rules"] = field(default_factory=list)
     children: dict[str, "_Draft"] = field(default_factory=dict)
     ors: list[list["_Draft"]] = field(default_factory=list)
 
@@ -375,7 +414,7 @@ class _Draft:
         return bool(self.children or self.ors)
 
 
-class _Rules:
+class Rules:
     """A rule list. Plain values are looked up, operators tried one after the other."""
 
     __slots__ = ("accepts_absence", "numbers", "path", "rules", "same", "strings", "tests")
@@ -404,21 +443,35 @@ class _Rules:
                 return True
         elif self.same and any(value is one for one in self.same):
             return True
-        for test in self.tests:  # noqa: SIM110 - the hot loop, any() costs twice as much
-            if test(value):
+        for test in self.tests:  # noqa: SIM110 - any() costs twice as much
+            if test.accepts(value):
                 return True
         return False
+
+    def verdict(self, value: Any) -> "_Verdict":
+        """Of any value at its place, `NOTHING` too."""
+        kind = type(value)
+        if value is NOTHING:
+            return ABSENT if self.accepts_absence else NO
+        if kind is not list and kind is not dict:
+            return YES if self.accepts(value) else NO
+        is_present = False
+        if kind is list:
+            for one in _flat(value):
+                if type(one) is not dict:
+                    if self.accepts(one):
+                        return YES
+                    is_present = True
+        return ABSENT if self.accepts_absence and not is_present else NO
 
 
 # How a node stands to an event. ABSENT: it matches, but only because nothing is there. An array of objects matches when
 # one element does so by a value that is there; by absence only when every element does.
-_NO, _ABSENT, _YES = 0, 1, 2
 _Verdict: TypeAlias = int
-_NOTHING: Any = object()
 _NO_FIELDS: dict[str, Any] = {}
 
 
-class _Node:
+class Node:
     """What a pattern asks of one place in an event.
 
     `names`: all fields below, under $or too, each by its name from here, with dots. `dotted`: those of them below the
@@ -428,7 +481,7 @@ class _Node:
     """
 
     __slots__ = ("children", "dotted", "has_fields", "if_absent", "is_payload", "names", "only", "ors", "rules")
-    children: tuple[tuple[str, "_Node"], ...]
+    children: tuple[tuple[str, "Node"], ...]
     names: frozenset[str]
     if_absent: "_Verdict"
 
@@ -439,8 +492,8 @@ class _Node:
             merged = [reduce(_merged, chosen, _Draft(children=draft.children)) for chosen in product(*clashing)]
             draft = _Draft(draft.rules, {}, [merged, *apart])
         self.rules = tuple(draft.rules)
-        self.children = tuple((name, _Node(child, payload, (*path, name))) for name, child in draft.children.items())
-        self.ors = tuple(tuple(_Node(one, payload, path) for one in alternatives) for alternatives in draft.ors)
+        self.children = tuple((name, Node(child, payload, (*path, name))) for name, child in draft.children.items())
+        self.ors = tuple(tuple(Node(one, payload, path) for one in alternatives) for alternatives in draft.ors)
         self.has_fields = draft.has_fields
         self.is_payload = path == (payload,)
         self.only = draft.rules[0] if len(draft.rules) == 1 and not draft.has_fields else None
@@ -452,7 +505,7 @@ class _Node:
             and all(child.if_absent for _, child in self.children)
             and all(any(one.if_absent for one in alternatives) for alternatives in self.ors)
         )
-        self.if_absent = _ABSENT if is_absent else _NO
+        self.if_absent = ABSENT if is_absent else NO
 
 
 def _names(draft: _Draft) -> set[str]:
@@ -537,7 +590,7 @@ def _read_object(  # noqa: PLR0917 - where in the field names, where in the text
             shown = field_path if field_path.isprintable() else json.dumps(field_path)
             _refuse(here, f"the field {shown} is given twice, with dots and as objects; merge the two")
         else:
-            target.rules.append(_Rules(field_path, item, here))
+            target.rules.append(Rules(field_path, item, here))
 
 
 def _read_or(value: Any, path: str, place: str, depth: int) -> list[_Draft]:
@@ -596,17 +649,17 @@ def _flat(values: list[Any]) -> list[Any]:
     return list(_elements(values)) if list in map(type, values) else values
 
 
-def _match(node: _Node, value: Any) -> _Verdict:
+def _match(node: Node, value: Any) -> _Verdict:
     """Whether the value at a node's place is what it asks for."""
     kind = type(value)
     is_json = kind is dict or kind is list
     if node.is_payload and (node.rules if is_json else node.has_fields):
-        return _NO
-    verdict = _ABSENT
+        return NO
+    verdict = ABSENT
     for leaf in node.rules:
-        found = _match_leaf(leaf, value)
-        if found == _NO:
-            return _NO
+        found = leaf.verdict(value)
+        if found == NO:
+            return NO
         verdict = max(verdict, found)
     if node.has_fields:
         if kind is dict:
@@ -615,70 +668,56 @@ def _match(node: _Node, value: Any) -> _Verdict:
             found = _match_elements(node, value)
         else:
             found = node.if_absent
-        if found == _NO:
-            return _NO
+        if found == NO:
+            return NO
         verdict = max(verdict, found)
     return verdict
 
 
-def _match_leaf(leaf: _Rules, value: Any) -> _Verdict:
-    kind = type(value)
-    if kind is not list and kind is not dict:
-        return _YES if leaf.accepts(value) else _NO
-    is_present = False
-    if kind is list:
-        for one in _flat(value):
-            if type(one) is not dict:
-                if leaf.accepts(one):
-                    return _YES
-                is_present = True
-    return _ABSENT if leaf.accepts_absence and not is_present else _NO
-
-
-def _match_elements(node: _Node, values: list[Any]) -> _Verdict:
+def _match_elements(node: Node, values: list[Any]) -> _Verdict:
     """All fields of a node are looked for in the same element."""
     is_absent, is_empty = True, True
     for value in _flat(values):
         if type(value) is dict:
             found = _match_fields(node, value)
-            if found == _YES:
-                return _YES
+            if found == YES:
+                return YES
             is_empty = False
-            is_absent = is_absent and found == _ABSENT
+            is_absent = is_absent and found == ABSENT
     if is_empty:
         return node.if_absent
-    return _ABSENT if is_absent else _NO
+    return ABSENT if is_absent else NO
 
 
-def _match_fields(node: _Node, event: dict[str, Any]) -> _Verdict:
+def _match_fields(node: Node, event: dict[str, Any]) -> _Verdict:
     if node.dotted and not event.keys().isdisjoint(node.dotted):
         event = _undotted(node, event)
-    verdict = _ABSENT
+    verdict = ABSENT
     for name, child in node.children:
-        value = event.get(name, _NOTHING)
-        if value is _NOTHING:
+        value = event.get(name, NOTHING)
+        if value is NOTHING:
             found = child.if_absent
         elif child.only is not None and (kind := type(value)) is not list and kind is not dict:
-            found = _YES if child.only.accepts(value) else _NO
+            found = YES if child.only.accepts(value) else NO
         else:
             found = _match(child, value)
-        if found == _NO:
-            return _NO
-        if found == _YES:
-            verdict = _YES
+        if found == NO:
+            return NO
+        if found == YES:
+            verdict = YES
     for alternatives in node.ors:
-        best = _NO
+        best = NO
         for one in alternatives:
             best = max(best, _match_fields(one, event))
-            if best == _YES:
+            if best == YES:
                 break
-        if best == _NO:
-            return _NO
+        if best == NO:
+            return NO
         verdict = max(verdict, best)
     return verdict
 
 
-def _undotted(node: _Node, event: Mapping[str, Any]) -> dict[str, Any]:
+def _undotted(node: Node, event: Mapping[str, Any]) -> dict[str, Any]:
     """The event with the dotted keys that the node asks for as objects too."""
     fields: dict[str, dict[str, Any]] = {}
     for name in node.dotted & event.keys():
@@ -708,15 +747,13 @@ class _Trace(NamedTuple):
     passed: int
 
 
-def _explain(node: _Node, value: Any) -> _Trace:
+def _explain(node: Node, value: Any) -> _Trace:
     """`_match`, and which leaves decided."""
     is_json = isinstance(value, dict | list)
     if node.is_payload and is_json and node.rules:
-        return _Trace(_NO, tuple(_failed(rules, "JSON (not plain text)") for rules in node.rules), 0)
-    if node.is_payload and not is_json and value is not _NOTHING and node.has_fields:
-        return _Trace(
-            _NO, tuple(_failed(rules, "absent (the payload is not JSON)") for rules in _first_leaves(node)), 0
-        )
+        return _Trace(NO, tuple(_failed(rules, "JSON (not plain text)") for rules in node.rules), 0)
+    if node.is_payload and not is_json and value is not NOTHING and node.has_fields:
+        return _Trace(NO, tuple(_failed(rules, "absent (the payload is not JSON)") for rules in _first_leaves(node)), 0)
     parts = [_explain_leaf(leaf, value) for leaf in node.rules]
     if node.has_fields:
         objects = [one for one in _elements([value]) if type(one) is dict]
@@ -725,7 +762,7 @@ def _explain(node: _Node, value: Any) -> _Trace:
     return _all(parts)
 
 
-def _first_leaves(node: _Node) -> tuple[_Rules, ...]:
+def _first_leaves(node: Node) -> tuple[Rules, ...]:
     """The leaves at which a node without anything below it fails first."""
     if node.rules:
         return node.rules
@@ -734,38 +771,38 @@ def _first_leaves(node: _Node) -> tuple[_Rules, ...]:
     return tuple(leaf for one in node.ors[0] for leaf in _first_leaves(one))
 
 
-def _failed(leaf: _Rules, found: str) -> Leaf:
+def _failed(leaf: Rules, found: str) -> Leaf:
     return Leaf(leaf.path, "[" + ", ".join(text for text, _ in leaf.rules) + "]", found, False)
 
 
-def _explain_leaf(leaf: _Rules, value: Any) -> _Trace:
-    values = [] if value is _NOTHING else list(_elements([value]))
+def _explain_leaf(leaf: Rules, value: Any) -> _Trace:
+    values = [] if value is NOTHING else list(_elements([value]))
     scalars = [one for one in values if type(one) is not dict]
     for one in scalars:
         for text, test in leaf.rules:
-            if test and test(one):
-                return _Trace(_YES, (Leaf(leaf.path, text, _value(one), True),), 1)
+            if test and test.accepts(one):
+                return _Trace(YES, (Leaf(leaf.path, text, _value(one), True),), 1)
     if scalars:
         found = _value(scalars[0]) if len(scalars) == 1 else _value(scalars)
-        return _Trace(_NO, (_failed(leaf, found),), 0)
+        return _Trace(NO, (_failed(leaf, found),), 0)
     found = "absent"
-    if value is not _NOTHING:
+    if value is not NOTHING:
         found += " (an object, not a value)" if values else " (an empty array)"
     if leaf.accepts_absence:
         text = next(text for text, test in leaf.rules if test is None)
-        return _Trace(_ABSENT, (Leaf(leaf.path, text, found, True),), 1)
-    return _Trace(_NO, (_failed(leaf, found),), 0)
+        return _Trace(ABSENT, (Leaf(leaf.path, text, found, True),), 1)
+    return _Trace(NO, (_failed(leaf, found),), 0)
 
 
-def _explain_fields(node: _Node, event: dict[str, Any]) -> _Trace:
+def _explain_fields(node: Node, event: dict[str, Any]) -> _Trace:
     event = _undotted(node, event)
-    parts = [_explain(child, event.get(name, _NOTHING)) for name, child in node.children]
+    parts = [_explain(child, event.get(name, NOTHING)) for name, child in node.children]
     for alternatives in node.ors:
         traces = [_explain_fields(one, event) for one in alternatives]
         best = max(traces, key=lambda trace: trace.verdict)
-        if best.verdict == _NO:
+        if best.verdict == NO:
             leaves = tuple(leaf for trace in traces for leaf in trace.leaves)
-            best = _Trace(_NO, leaves, max(trace.passed for trace in traces))
+            best = _Trace(NO, leaves, max(trace.passed for trace in traces))
         parts.append(best)
     return _all(parts)
 
@@ -773,18 +810,18 @@ def _explain_fields(node: _Node, event: dict[str, Any]) -> _Trace:
 def _best_element(traces: list[_Trace]) -> _Trace:
     """Of the elements of an array the one that matched, else the one that came nearest to it."""
     best = max(traces, key=lambda trace: trace.verdict)
-    if best.verdict == _YES:
+    if best.verdict == YES:
         return best
-    failed = [trace for trace in traces if trace.verdict == _NO]
+    failed = [trace for trace in traces if trace.verdict == NO]
     return max(failed, key=lambda trace: trace.passed) if failed else best
 
 
 def _all(parts: list[_Trace]) -> _Trace:
     passed = sum(part.passed for part in parts)
     for part in parts:
-        if part.verdict == _NO:
-            return _Trace(_NO, part.leaves, passed)
-    verdict = max((part.verdict for part in parts), default=_ABSENT)
+        if part.verdict == NO:
+            return _Trace(NO, part.leaves, passed)
+    verdict = max((part.verdict for part in parts), default=ABSENT)
     return _Trace(verdict, tuple(leaf for part in parts for leaf in part.leaves), passed)
 
 
@@ -794,28 +831,32 @@ def _value(value: Any) -> str:
 
 # --- records --------------------------------------------------------------------------------------------------------
 
-_PAYLOADS = {SourceKind.SQS: "body", SourceKind.KINESIS: "data"}
 _JSON_ONLY = {SourceKind.KINESIS: "data", SourceKind.DYNAMODB: "dynamodb"}
 _decode = msgspec.json.Decoder().decode
 
 
 def _parse(text: bytes | str, decode: Callable[[bytes | str], Any] = _decode) -> Any:
-    """A JSON value, `_NOTHING` when it is none or is nested deeper than can be read. Never fails."""
+    """A JSON value, `NOTHING` when it is none or is nested deeper than can be read. Never fails."""
     try:
         return decode(text)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         pass  # msgspec is stricter than JSON: lone surrogates, numbers of any size
     try:
-        return json.loads(text, parse_constant=_not_json)
+        return json.loads(text, parse_constant=_not_json, parse_int=_integer)
     except (ValueError, RecursionError):
-        return _NOTHING
+        return NOTHING
+
+
+def _integer(digits: str) -> int | float:
+    """With more digits than Python takes it is infinite, as numbers with a fraction or an exponent are."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
 
 
 def _parse_payload(text: Any) -> Any:
     """An object or an array as such, all else as it is: a text that only looks like a number is a text (9.4)."""
     if isinstance(text, str) and text.lstrip(" \t\r\n")[:1] in ("{", "["):
         value = _parse(text)
-        return text if value is _NOTHING else value
+        return text if value is NOTHING else value
     return text
 
 
@@ -839,18 +880,30 @@ class Filter:
     they see any JSON document as it is. Raises `PatternError` for the first bad pattern.
     """
 
-    __slots__ = ("_decode", "_kind", "_opens", "_roots")
+    __slots__ = ("_decide", "_decode", "_kind", "_opens", "_roots")
 
     def __init__(self, patterns: Sequence[str], kind: SourceKind | None = None) -> None:
         self._kind = kind
         self._roots = tuple(_compile(pattern, kind) for pattern in patterns)
         names: set[str] = set().union(*(root.names for root in self._roots))
-        self._opens = kind in _PAYLOADS and _PAYLOADS[kind] in names
+        self._opens = kind in PAYLOADS and PAYLOADS[kind] in names
         self._decode = _decoder(names | {"kinesis"} if kind is SourceKind.KINESIS else names)
+        self._decide: Decider = self._prepare
 
     def matches(self, record: Record) -> bool:
         """Whether to deliver the record. Reads `wire` only and never fails."""
-        event = _parse(record.wire, self._decode)
+        try:
+            return self._decide(record.wire)
+        except UNUSUAL:
+            return self._walk(record.wire)
+
+    def _prepare(self, wire: bytes) -> bool:
+        """The first record makes the function for the others: it costs milliseconds, and few filters see a record."""
+        self._decide = decider(self._roots, self._kind) or self._walk
+        return self._decide(wire)
+
+    def _walk(self, wire: bytes) -> bool:
+        event = _parse(wire, self._decode)
         if type(event) is not dict:
             return False
         event = self._open(event)
@@ -860,7 +913,7 @@ class Filter:
         """What each pattern says to a record of a Lambda event, or without a kind to any object, and why."""
         opened = self._open(dict(event))
         traces = [_explain_fields(root, opened) for root in self._roots]
-        return tuple(Decision(trace.verdict != _NO, trace.leaves) for trace in traces)
+        return tuple(Decision(trace.verdict != NO, trace.leaves) for trace in traces)
 
     def _open(self, event: dict[str, Any]) -> dict[str, Any]:
         if self._kind is SourceKind.SQS and self._opens and "body" in event:
@@ -886,14 +939,14 @@ def compile_filter(patterns: Sequence[str], kind: SourceKind) -> Filter | None:
     return Filter(patterns, kind) if patterns else None
 
 
-def _compile(text: str, kind: SourceKind | None) -> _Node:
+def _compile(text: str, kind: SourceKind | None) -> Node:
     draft = _Draft()
     _read_object(_parse_pattern(text), draft, "", "", 0, in_or=False)
     if (count := _combinations(draft)) > MAX_COMBINATIONS:
         _refuse("", f"its $or make {count} combinations; give at most {MAX_COMBINATIONS}, or several filters")
     if kind in _JSON_ONLY:
         _check_json_only(draft, _JSON_ONLY[kind])
-    return _Node(draft, _PAYLOADS.get(kind) if kind else None)
+    return Node(draft, PAYLOADS.get(kind) if kind else None)
 
 
 def _check_json_only(draft: _Draft, name: str) -> None:

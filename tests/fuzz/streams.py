@@ -73,7 +73,7 @@ class Clients:
         async def call(_target: str, _request: bytes, _timeout: float) -> bytes:
             return self._body
 
-        return SimpleNamespace(call=call)
+        return SimpleNamespace(call=call, reads=asyncio.Semaphore(1_000))
 
     async def client(self, service: str, _region: str) -> Any:
         return _Cold(service, self._body)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from poller.core.filtercode import UNUSUAL, decider
 from poller.core.filters import (
     INVALID_PATTERN,
     MAX_COMBINATIONS,
@@ -23,6 +24,7 @@ from poller.core.filters import (
     compile_filter,
 )
 from poller.core.model import Record, SourceKind
+from tests.benchmarks.filters import stream_filters
 
 SQS, KINESIS, DYNAMODB = SourceKind.SQS, SourceKind.KINESIS, SourceKind.DYNAMODB
 
@@ -792,6 +794,179 @@ def test_dots_are_levels(forked, pattern, value):
         assert matches(forked, dict(flat(event))) is matches(forked, event)
 
 
+# --- the function and the walk --------------------------------------------------------------------------------------
+
+
+def code(patterns, kind=None):
+    return decider(Filter([json.dumps(one) for one in patterns], kind)._roots, kind)
+
+
+def wrapped(kind, document):
+    """A pattern or an event at the place where a source has its payload."""
+    return {SQS: {"body": document}, KINESIS: {"data": document}}.get(kind, document)
+
+
+def event_of(kind, document):
+    return {SQS: lambda: sqs(json.dumps(document)), KINESIS: lambda: kinesis(document)}.get(kind, lambda: document)()
+
+
+FORKS = st.recursive(  # as most patterns are: values are asked for at x, y and z, fields below a, b and c
+    st.dictionaries(st.sampled_from("xyz"), LEAVES, min_size=1, max_size=3),
+    lambda inner: st.builds(
+        lambda leaves, fields, alternatives: {**leaves, **fields, **alternatives},
+        st.dictionaries(st.sampled_from("xyz"), LEAVES, max_size=2),
+        st.dictionaries(st.sampled_from("abc"), inner, min_size=1, max_size=2),
+        st.just({}) | st.lists(inner, min_size=2, max_size=3).map(lambda several: {"$or": several}),
+    ),
+    max_leaves=6,
+)
+FORKED = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*"abcxyz", "a.x", "b.a"]), inner, max_size=5)
+    ),
+    max_leaves=25,
+)
+
+
+@given(
+    st.sampled_from([None, SQS, KINESIS, DYNAMODB]),
+    st.lists(FORKS, min_size=1, max_size=4),
+    st.dictionaries(st.sampled_from([*"abcxyz", "a.x"]), FORKED, max_size=6),
+)
+def test_the_function_decides_as_the_patterns_explain(kind, patterns, document):
+    """For every source, with several patterns in one function; what it leaves to the walk is decided alike."""
+    event = event_of(kind, document)
+    try:
+        compiled = Filter([json.dumps(wrapped(kind, one)) for one in patterns], kind)
+    except PatternError as error:
+        assert "combinations" in error.reason  # noqa: PT017 - the only reason that is left
+        return
+    wanted = any(one.matched for one in compiled.explain(event))
+    wire = json.dumps(event).encode()
+    assert compiled.matches(record(wire)) is wanted
+    assert compiled._walk(wire) is wanted
+    decide = decider(compiled._roots, kind)
+    with suppress(*UNUSUAL):
+        assert decide is None or decide(wire) is wanted
+
+
+USUAL = [  # patterns and events that have to be decided by the function
+    ({"a": [1], "b": {"x": ["y"]}}, {"a": 1, "b": {"x": "y"}}, True),
+    ({"a": [1]}, {"a": [[1]]}, True),
+    ({"a": [1]}, {"a": {"b": 1}}, False),
+    ({"a": {"x": [1]}}, {"a": [{"x": 2}, {}, {"x": [3, 1]}]}, True),
+    ({"a": {"x": [1], "y": [1]}}, {"a": [{"x": 1}, {"y": 1}]}, False),
+    ({"a": {"x": [1]}}, {"a": "text"}, False),
+    ({"a": {"x": [1]}}, {}, False),
+    ({"a": {"x": [None]}}, {"a": {"x": None}}, True),
+    ({"a": {"x": [None]}}, {"a": {}}, False),
+    ({"a": {"x": [{"exists": False}]}}, {"a": 5}, True),
+    ({"a": {"x": [{"exists": False}]}}, {}, True),
+    ({"a": {"x": [{"exists": False}]}}, {"a": [{}, {"x": 1}]}, False),
+    ({"a": {"x": [{"exists": False}], "y": [1]}}, {"a": [{"x": 1}, {"y": 1}]}, True),
+    ({"a": {"x": [{"exists": False}, 1]}}, {"a": [{"y": 1}, {"x": 1}, {"x": 2}]}, True),
+    ({"a": {"$or": [{"x": [{"exists": False}]}, {"y": [1]}]}}, {"a": [{"x": 1}, {"x": 1, "y": 1}]}, True),
+    ({"$or": [{"a": [1]}, {"$or": [{"b": [1]}, {"c": {"x": [1]}}]}]}, {"c": {"x": 1}}, True),
+    (reduce(lambda inner, _: {"a": inner}, range(20), {"x": [1]}),
+     reduce(lambda inner, _: {"a": [inner]}, range(20), {"x": 1}), True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "document", "verdict"), USUAL)
+@pytest.mark.parametrize("kind", [None, SQS, KINESIS])
+def test_usual_records_are_not_walked(kind, pattern, document, verdict):
+    """Values, objects, arrays of objects and what is absent, for every source: the function itself decides."""
+    wire = json.dumps(event_of(kind, document)).encode()
+    assert code([wrapped(kind, pattern)], kind)(wire) is verdict
+
+
+UNTOUCHED = [  # a document whose member `z` nobody asks for, and whether it is JSON
+    (b'{"a": 1, "z": "\xc3\xa4"}', True),
+    (b'{"a": 1, "z": "\xff"}', False),
+    (b'{"a": 1, "\xff": 2}', False),
+    (b'{"a": 1, "z": "\\ud800"}', True),
+    (b'{"a": 1, "z": "\x01"}', False),
+    (b'{"a": 1, "z": NaN}', False),
+    (b'{"a": 1, "z": 01}', False),
+    (b'{"a": 1, "z": 1e999}', True),
+    (b'{"a": 1, "z": %b}' % (b"9" * 5000), True),
+    (b'{"a": 2, "a": 1}', True),
+    (b'{"a": 1, "a": 2}', False),
+    (b'{"\\u0061": 1}', True),
+    (b' \n{"a": 1}\t', True),
+    (b'{"a": 1} x', False),
+    (b'{"a": 1', False),
+]
+
+
+@pytest.mark.parametrize(("text", "is_match"), UNTOUCHED)
+def test_a_payload_is_json_as_a_whole(text, is_match):
+    """Members that are skipped while it is decoded count for that, and explanations say the same."""
+    assert matches({"data": {"a": [1]}}, kinesis(text), KINESIS) is is_match
+    with suppress(UnicodeDecodeError):  # else it is no body of a message
+        assert matches({"body": {"a": [1]}}, sqs(text.decode()), SQS) is is_match
+
+
+@pytest.mark.parametrize("digits", [641, 5000])
+def test_a_number_of_any_length_is_a_number(digits):
+    """Also where Python refuses to read it: no record is lost for it."""
+    text = b'{"n": %b, "s": "\\ud800"}' % (b"9" * digits)
+    assert matches({"n": [{"anything-but": [1]}]}, text)
+    assert not matches({"n": [1]}, text)
+    assert matches({"data": {"n": [{"exists": True}]}}, kinesis(text), KINESIS)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"kinesis": {"data": "eyJhIjoxfQ=="}, "data.a": 2},
+        {"kinesis": {"data": "eyJhIjoyfQ==", "data.a": 1}},
+        {"kinesis": {"data": "eyJhIjoyfQ=="}, "data.a": 1},
+        {"kinesis": {"data": "eyJhIjoxfQ=="}, "data": {"a": 2}},
+        {"kinesis": {}, "data": {"a": 1}},
+        {"kinesis": {"data": " eyJhIj\noxfQ==\n"}},
+        {"kinesis": {"data": {"a": 1}}},
+    ],
+)
+def test_odd_kinesis_records_match(event):
+    """`data` wherever it can stand, with dots, beside `kinesis`, in lines, not encoded."""
+    assert matches({"data": {"a": [1]}}, event, KINESIS)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        [{"a": ["x"]}, {"a": {"b": [1]}}],
+        [{"ä": {"b": [1]}, "a": [1]}],
+        [{'"]; raise SystemExit #': [1]}, {"a": [2]}],
+        [{"a\n": [1]}],
+        [{f"k{n}": {"x": [n]} for n in range(150)} for _ in range(4)],
+        [reduce(lambda inner, _: {"a": inner}, range(95), {"x": [1]})],
+    ],
+)
+def test_patterns_without_a_function_are_walked(patterns):
+    """Values and fields at one place, names that cannot be decoded, too many fields: slower, and right."""
+    assert code(patterns) is None
+    compiled = Filter([json.dumps(one) for one in patterns])
+
+    def event(pattern):
+        return {name: event(item) if isinstance(item, dict) else item[0] for name, item in pattern.items()}
+
+    for pattern in patterns:
+        assert compiled.matches(record(event(pattern)))
+    assert not compiled.matches(record({"b": 1}))
+
+
+@given(st.dictionaries(st.text(min_size=1), st.lists(st.text() | st.integers() | st.floats(allow_nan=False, allow_infinity=False), min_size=1), min_size=1, max_size=3))  # fmt: skip
+def test_no_text_of_a_pattern_is_code(pattern):
+    """Whatever names and values are, they are only compared."""
+    event = {name: items[-1] for name, items in pattern.items()}
+    with suppress(PatternError):
+        assert matches(pattern, event)
+        assert not matches(pattern, {})
+
+
 # --- cost -----------------------------------------------------------------------------------------------------------
 
 
@@ -804,6 +979,7 @@ def steps(compiled, event):
         count += what in {"call", "c_call"}
 
     one = record(event)
+    compiled.matches(one)  # the first record makes the function
     sys.setprofile(note)
     try:
         compiled.matches(one)
@@ -844,3 +1020,13 @@ def test_the_widest_or_is_bounded():
     wide = {"e": {f"k{n}": [1] for n in range(5)}, "$or": [{"e": {f"x{n}": [1]}} for n in range(100)]}
     compiled = Filter([json.dumps(wide)])
     assert steps(compiled, {"e": {f"k{n}": 1 for n in range(5)}}) < 100 * 100
+
+
+def test_the_filters_of_the_benchmark_take_few_calls():
+    """Five filters over an array of eight objects: a call for each element was several times this."""
+    patterns = [one["Pattern"] for one in stream_filters()]
+    items = [{"sku": f"sku-{n}", "quantity": n, "path": f"dir/{n}/picture.png"} for n in range(8)]
+    order = {"state": "shipped", "total": 301.8, "customer": {"country": "DE", "ip": "10.0.0.33"}, "items": items}
+    compiled = Filter(patterns, KINESIS)
+    assert compiled.matches(record(kinesis(order)))
+    assert steps(compiled, kinesis(order)) < 22
