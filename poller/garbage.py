@@ -2,9 +2,9 @@
 
 import gc
 
-# New containers before the young are looked at, and how many of those looks before the older ones are, which are
-# Python's own. With its 700 a fifth of the CPU over a thousand idle shards went into looking at objects that were alive;
-# what is garbage meanwhile takes a few megabytes.
+# New containers before the young are looked at, and how many of those looks before the older ones are, as by default.
+# With Python's 700 a fifth of the CPU over a thousand idle shards went into looking at objects that were alive; what is
+# garbage meanwhile takes a few megabytes.
 _THRESHOLDS = (10_000, 10, 10)
 
 

@@ -16,7 +16,7 @@ from multidict import istr
 
 from poller.clock import wall_clock
 
-_UNSIGNED = frozenset(SIGNED_HEADERS_BLACKLIST)
+_UNSIGNED = frozenset({*SIGNED_HEADERS_BLACKLIST, "authorization"})  # that of a first try, too
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _DATE, _TOKEN, _AUTHORIZATION = istr("X-Amz-Date"), istr("X-Amz-Security-Token"), istr("Authorization")
 _EMPTY = sha256(b"").hexdigest()
@@ -39,6 +39,8 @@ def sign(  # noqa: PLR0917
     headers[_DATE] = stamp
     if credentials.token:
         headers[_TOKEN] = credentials.token
+    else:
+        headers.pop(_TOKEN, None)
     host, path, query = _parts(url)
     canonical = {"host": host}
     for name, value in headers.items():

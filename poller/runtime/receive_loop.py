@@ -260,8 +260,11 @@ class ReceiveLoop:
         budget = self._queue.context.budget
         while budget.left() == 0 and self._pool.is_holding():
             given = asyncio.Event()
-            budget.notify(given, 1)
-            await given.wait()
+            budget.notify(given, 0)  # by any: what is given back may be the last that this queue held
+            try:
+                await given.wait()
+            finally:
+                budget.forget(given)
 
     # --- receiving
 

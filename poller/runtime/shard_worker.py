@@ -51,6 +51,7 @@ _GUESSED_RECORD_BYTES = 2048  # until the shard has shown its own
 _FILTER_CHUNK = 500
 _SMALL_READ_BYTES = 262_144  # what a shard may take although the byte budget is used up
 _WHOLE_READ_SHARE = 4  # of the byte budget: more is not waited for
+_RESERVATION = 1.0  # seconds that bytes are kept for an answer that has not come
 _PATIENCE = 5.0  # seconds that a shard waits for the bytes of a whole read
 
 
@@ -307,6 +308,8 @@ class ShardWorker:
             limit = await self._wait_for_room()
             started = self._clock.now()
             operation = reading
+            # A source that hangs, or has more shards than turns, must not hold the bytes of others.
+            reservation = asyncio.get_running_loop().call_later(_RESERVATION, self._let_go)
             if rereads != self._rereads:
                 iterator, rereads = None, self._rereads
             try:
@@ -358,8 +361,8 @@ class ShardWorker:
                 await self._pause(failures, None)
                 continue
             finally:
-                self._reserved = 0
-                self._account()
+                reservation.cancel()
+                self._let_go()
             failures = 0
             self._set_problem("")
             unwanted = await self._unwanted(fetch.records)
@@ -402,7 +405,7 @@ class ShardWorker:
             if left >= whole or (self._is_short and (left >= _SMALL_READ_BYTES or holds_nothing)):
                 if holds_nothing:
                     left = max(left, _SMALL_READ_BYTES)
-                limit = min(most, max(1, left // self._record_bytes))
+                limit = min(most, max(1, min(left, max(whole, _SMALL_READ_BYTES)) // self._record_bytes))
                 if not self._flow.newest and budget.left() < min(whole, _SMALL_READ_BYTES):
                     limit = 1  # nobody knows yet how large its records are
                 if not self._traits.is_pushed:
@@ -412,8 +415,10 @@ class ShardWorker:
             budget.notify(self._room, _SMALL_READ_BYTES if self._is_short else whole)
             if patient_until == inf and not self._is_short:
                 patient_until = self._clock.now() + _PATIENCE
-            await wait_until(self._room, self._clock, inf if self._is_short else patient_until)
-            budget.forget(self._room)
+            try:
+                await wait_until(self._room, self._clock, inf if self._is_short else patient_until)
+            finally:
+                budget.forget(self._room)
 
     def _account(self) -> None:
         """Tell the byte budget what this shard holds and reserves; what it gives back wakes those who wait for room."""
@@ -424,6 +429,10 @@ class ShardWorker:
         elif change < 0:
             self._context.budget.give(-change)
             self._room.set()
+
+    def _let_go(self) -> None:
+        self._reserved = 0
+        self._account()
 
     async def _new_iterator(self) -> str:
         position = self._position()

@@ -413,6 +413,7 @@ class StreamRunner:
                 raise SourceUnavailable("the stream was replaced by another one; its shards must end first")
             self._log(_log.error, "stream_replaced", was=known, now=identity, meaning="its positions are dropped")
             await store.forget(self._mapping.id)
+            self._told.clear()
             if known["arn"] == identity["arn"]:
                 self._start = TRIM_HORIZON  # whatever is in it came after what we knew
         self._identity = identity

@@ -154,9 +154,14 @@ class StoreFile:
         # Asked with the write lock: whoever writes the file anew has it too, so that nothing is written to the old one
         # that is not in the new one.
         found = self._found()
-        if found == self._seen:
+        has_log = self._has_log()
+        if found == self._seen and has_log:
             return connection
-        if found is not None and found.identity == self._identity:
+        if found is not None and found.identity == self._identity and not has_log:
+            if not self._exclusive:
+                raise self._away(None)
+            reason = "somebody removed its log"
+        elif found is not None and found.identity == self._identity:
             reason = self._check(found)
             if not reason:
                 return connection
@@ -203,7 +208,7 @@ class StoreFile:
         """
         if is_damage(error) or isinstance(error, StoreIncompatible):
             self._is_damaged = True
-        elif self._connection is not None and self.is_moved():
+        elif self._connection is not None and (self.is_moved() or not self._has_log()):
             with suppress(sqlite3.Error):
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -215,8 +220,17 @@ class StoreFile:
         found = self._found()
         return found is None or found.identity != self._identity
 
+    def _has_log(self) -> bool:
+        """Is the log that we write to still at its path? What is not yet in the file itself is nowhere else."""
+        try:
+            return self._log_identity is None or _identity(f"{self._real}-wal") == self._log_identity
+        except OSError:
+            return False
+
     def has_changed(self) -> bool:
-        """Is the file to be looked at? It is not the one that we use, or somebody has written to it."""
+        """Is the file to be looked at? It is not the one that we use, its log is not, or somebody has written to it."""
+        if not self._has_log():
+            return True
         return self._found() != self._seen and stopwatch() >= self._check_at
 
     @property
@@ -247,7 +261,9 @@ class StoreFile:
         return f"The store {self.path} failed: {error} ({name}).{remedy}"
 
     def _damage(self, reason: str) -> str:
-        near = (str(each) for each in Path(self._real).parent.iterdir())
+        near: list[str] = []
+        with suppress(OSError):  # the folder is gone too, or no descriptor is left
+            near = [str(each) for each in Path(self._real).parent.iterdir()]
         copies = sorted(each for each in near if each == self._kept or each.startswith(f"{self._real}-version-"))
         there = f" Beside it lie {', '.join(copies)}." if copies else ""
         return (
@@ -369,8 +385,8 @@ class StoreFile:
         made.unlink(missing_ok=True)
         try:
             _copy(connection, made)
-            identity = _identity(str(made))
-            assert identity is not None
+            at = made.stat()
+            identity = _Identity(at.st_dev, at.st_ino)
             kept = None
             self._clear_log(ours=None, theirs=f"{self._kept}-wal")
             if found is not None:

@@ -1,5 +1,6 @@
 """What Kinesis and DynamoDB Streams answer."""
 
+import asyncio
 import json
 from contextlib import nullcontext
 from functools import cache

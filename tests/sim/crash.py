@@ -921,6 +921,9 @@ class Stream(Run):
         world.merge()
         world.fill(4)
         await asyncio.sleep(0.9)
+        world.merge()  # into one: the children of the shard that was split are done, and it can be forgotten
+        world.fill(2)
+        await asyncio.sleep(0.9)
         await world.expire()
         await self.restart()
         world.fill(3)
@@ -1061,10 +1064,17 @@ class Discarding(Stream):
 
 
 class Slots(Stream):
-    """Few slots, lent ones, and a rate: lanes wait for their turn. A stop that is too short cuts off."""
+    """Few slots, lent ones, and a rate: lanes wait for their turn, and reads for lanes. A stop that is too short cuts
+    off.
+    """
 
     plan = replace(PLAN, factor=4, keys=12, size=1)
     call_seconds = 0.5
+
+    def set_up(self, loop: VirtualLoop) -> None:
+        super().set_up(loop)
+        mapping = self.world.mapping
+        self.world.mapping = replace(mapping, batch=replace(mapping.batch, buffer_records=10))
 
     def gate(self, daemon: Daemon) -> Gate:
         return self._gates.setdefault(daemon, Gate(2, 8.0, Edge(daemon, Lender())))

@@ -582,6 +582,25 @@ def test_memory_is_bounded() -> None:
     run(main)
 
 
+def test_memory_that_others_hold_stops_no_queue() -> None:
+    """One loop of a queue may always go on, also the one that waited while another of the queue held messages."""
+
+    async def main():
+        setup = Setup(Target(seconds=5.0), visibility=60.0, budget=50_000)
+        task = asyncio.ensure_future(setup.runner.run())
+        await asyncio.sleep(1)
+        setup.budget.take(60_000)  # another mapping's
+        setup.queue.send("a", "b")
+        await asyncio.sleep(30)
+        setup.queue.send("c", "d")
+        await asyncio.sleep(60)
+        assert not setup.queue.left()
+        setup.runner.stop()
+        await task
+
+    run(main)
+
+
 def test_ended_loops_leave_nothing_behind() -> None:
     """Loops come and go with every batch; one that has ended, and holds nothing, is forgotten."""
 

@@ -626,6 +626,30 @@ def test_the_bytes_of_a_whole_read_are_waited_for() -> None:
     run(main)
 
 
+def test_a_read_that_hangs_holds_no_bytes_of_others() -> None:
+    """They are reserved for a second, and never more than a whole read's."""
+
+    async def main():
+        source, release = Source([]), asyncio.Event()
+
+        async def fetch(shard_id: str, iterator: str, limit: int) -> Fetch:
+            await release.wait()
+            return page(1, end=True)
+
+        source.fetch = fetch
+        shard = Shard(source, budget=1_000_000)
+        task = asyncio.ensure_future(shard.worker.run())
+        await asyncio.sleep(0.5)
+        assert 0 < shard.budget.used <= 262_144
+        await asyncio.sleep(1)
+        assert shard.budget.used == 0
+        release.set()
+        await task
+        assert shard.budget.used == 0
+
+    run(main)
+
+
 def test_the_byte_budget_is_shared_and_never_starves() -> None:
     """Over the budget, and for long, only who holds nothing may read, a little; who gives back wakes the others."""
 

@@ -61,3 +61,15 @@ def test_nothing_that_is_kept_outlives_its_day_or_its_keys() -> None:
     for keys in (KEYS, other, KEYS):
         for later in (0, 1, 86_400, 0):
             assert_same(keys, URLS[0], CALL, b"{}", NOW + dt.timedelta(seconds=later))
+
+
+def test_a_repeat_signs_what_the_first_try_signed() -> None:
+    """A call whose connection was closed is sent again with the headers that it has by then."""
+    headers = dict(CALL)
+    for keys in (KEYS, ReadOnlyCredentials("AKIDOTHER", "another secret", None, None)):
+        for _ in range(2):
+            signer.sign(keys, "sqs", "eu-west-1", "POST", URLS[0], headers, b"{}")
+        once = dict(CALL)
+        signer.sign(keys, "sqs", "eu-west-1", "POST", URLS[0], once, b"{}")
+        assert headers["Authorization"] == once["Authorization"]
+        assert headers == once

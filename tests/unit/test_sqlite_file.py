@@ -1,5 +1,6 @@
 """A SQLite store whose file is taken away, replaced or damaged under it, or is not what it was at the next start."""
 
+import asyncio
 import errno
 import os
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,50 @@ async def test_a_file_that_is_taken_away_is_written_anew_at_once(
     again = await SqliteStore.open(str(path), Requests())
     assert await again.load(M) == expected
     await again.close()
+
+
+async def test_a_log_that_is_taken_away_is_written_anew(store: SqliteStore, path: Path) -> None:
+    """What was answered is in the file at the path, whoever opens it: the log that we went on writing to had no name."""
+    await filled(store)
+    before = await content(store)
+    Path(f"{path}-wal").unlink()
+    await until(lambda: Path(f"{path}-replaced").exists())
+    await store.put_document("mapping/y", {"b": 2})
+    with closing(sqlite3.connect(path)) as other:
+        names = {name for (name,) in other.execute("SELECT key FROM documents")}
+    assert {"mapping/x", "mapping/y"} <= names
+    assert (await content(store))[::2] == before[::2]
+    assert not store.problem
+
+
+async def test_whoever_shares_the_file_waits_for_a_log_that_is_gone(store: SqliteStore, path: Path) -> None:
+    """Connected anew before the owner has written the file, it would begin a log of its own and see an old store."""
+    await filled(store)
+    sharer = await SqliteStore.open(str(path), Requests(), exclusive=False)
+    try:
+        wal = Path(f"{path}-wal")
+        with closing(sqlite3.connect(path)) as reader:  # it holds the owner up: both see the loss, the sharer first
+            reader.execute("BEGIN IMMEDIATE")
+            wal.rename(f"{path}-gone")
+            reader.rollback()
+        await until(lambda: Path(f"{path}-replaced").exists())
+        assert await content(sharer) == await content(store)
+    finally:
+        await sharer.close()
+
+
+async def test_trouble_upon_trouble_ends_no_thread(store: SqliteStore, path: Path) -> None:
+    """The file damaged, its folder gone: a sentence about it, not a store that never answers again."""
+    await filled(store)
+    for n in range(50):
+        await store.put_document(f"k{n}", {"v": "x" * 3000})
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    shutil.rmtree(path.parent)
+    for _ in range(3):
+        with suppress(StoreUnavailable, StoreIncompatible):
+            await asyncio.wait_for(store.documents(""), 5)
 
 
 async def test_a_save_under_way_when_the_file_goes_is_in_the_new_one(store: SqliteStore, path: Path) -> None:
