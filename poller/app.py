@@ -28,7 +28,7 @@ from poller.core.retry import Backoff
 from poller.destinations import Destinations
 from poller.errors import ConfigError, PollerError, StoreUnavailable
 from poller.filemodes import loose_modes
-from poller.garbage import collect_rarely
+from poller.garbage import collect_rarely, collect_young
 from poller.mappings import resolve
 from poller.notify import Notifier
 from poller.ports import Clock, QueueSource, StreamSource, Target, Tracer
@@ -378,6 +378,7 @@ class Daemon:
         async with asyncio.TaskGroup() as tasks:
             saver = tasks.create_task(checkpointer.run())
             keeper = tasks.create_task(leases.run())
+            collector = tasks.create_task(collect_young())
             reloader = tasks.create_task(self._follow(control, worker.settings if worker else file.changed))
             watchers = [] if worker else [tasks.create_task(file.watch()), tasks.create_task(server.run())]
             follower = tasks.create_task(self._follow_members(control, clock, is_fleet=is_fleet))
@@ -397,6 +398,7 @@ class Daemon:
             await leases.leave()
             keeper.cancel()
             saver.cancel()
+            collector.cancel()
             reloader.cancel()
             follower.cancel()
             for watcher in watchers:

@@ -1,11 +1,17 @@
 """Python's collector of cycles, for a process with many objects that live long and many that die at once."""
 
+import asyncio
 import gc
 
 # New containers before the young are looked at, and how many of those looks before the older ones are, as by default.
-# With Python's 700 a fifth of the CPU over a thousand idle shards went into looking at objects that were alive; what is
-# garbage meanwhile takes a few megabytes.
+# With Python's 700 a fifth of the CPU over a thousand idle shards went into looking at objects that were alive.
 _THRESHOLDS = (10_000, 10, 10)
+
+INTERVAL = 30.0
+"""Seconds after which the young are looked at in any case. Connections that broke are cycles, with their buffers: a
+process with little to do kept those of a quarter of an hour, and its memory grew with them.
+"""
+_YOUNG = 1  # the two younger generations
 
 
 def collect_rarely() -> None:
@@ -13,3 +19,10 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_THRESHOLDS)
+
+
+async def collect_young() -> None:
+    """From time to time, until cancelled: a millisecond or so each time."""
+    while True:
+        await asyncio.sleep(INTERVAL)
+        gc.collect(_YOUNG)
