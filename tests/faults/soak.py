@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -520,6 +521,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the daemon ends with it
     folder = tempfile.mkdtemp(prefix="poller-soak-")
     figures = asyncio.run(soak(Plan(options.minutes * 60, options.rate, options.seed), Path(folder)))
     print(json.dumps(figures, indent=1))
