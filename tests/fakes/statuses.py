@@ -45,6 +45,9 @@ class StatusControl:
     def status(self):
         return self.statuses
 
+    def store_problem(self):
+        return ""
+
 
 def uuid(number):
     return f"{number * 2654435761 % 2**32:08x}-{number:04x}-4000-8000-{number:012x}"

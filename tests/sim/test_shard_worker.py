@@ -650,6 +650,21 @@ def test_a_read_that_hangs_holds_no_bytes_of_others() -> None:
     run(main)
 
 
+def test_latest_is_asked_for_at_once_whatever_others_hold() -> None:
+    """A fresh shard waits for nobody's bytes: what came while it waited would be passed over."""
+
+    async def main():
+        source = Source([page(1, end=True)])
+        shard = Shard(source, position=Position(PositionKind.LATEST, "1.0"), is_fresh=True, budget=1_000_000)
+        shard.budget.take(1_000_000)
+        task = asyncio.ensure_future(shard.worker.run())
+        await asyncio.sleep(0.01)
+        assert [at.kind for at in source.asked] == [PositionKind.LATEST]
+        await task
+
+    run(main)
+
+
 def test_the_byte_budget_is_shared_and_never_starves() -> None:
     """Over the budget, and for long, only who holds nothing may read, a little; who gives back wakes the others."""
 
