@@ -106,8 +106,8 @@ class ShardWorker:
         self._is_stopped = False
         self._lag: float | None = None
         self._record_bytes = _GUESSED_RECORD_BYTES
-        # Of bytes, and for too long to wait for a whole read's. A fresh shard never waits: a LATEST iterator that is asked
-        # for later passes over what came in between.
+        # Of bytes, and for too long to wait for a whole read's. A fresh shard never waits: a LATEST iterator that is
+        # asked for later passes over what came in between.
         self._is_short = is_fresh
         self._rereads = 0  # how often what was read was dropped: a read from before that must not be taken in
         self._reserved = 0  # bytes that the read under way may bring
